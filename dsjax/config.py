@@ -1,0 +1,326 @@
+"""What a run is: frozen dataclasses, checked when they are built.
+
+A recipe (a file in `configs/`) is a function that returns a complete `Run`; the command line
+overrides single fields of it. Nothing here touches a device.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Gate = Literal["softmax", "sigmoid"]
+Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
+Precision = Literal["fp32", "bf16"]
+Remat = Literal["none", "dots", "layer"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value > 0, f"{name} is {value}: it must be greater than 0")
+
+
+def _fraction(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(0.0 <= value <= 1.0, f"{name} is {value}: it must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Context extension by YaRN (arXiv 2309.00071); always active once it is set."""
+
+    factor: float = 40.0
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, f"yarn factor is {self.factor}: it must be at least 1")
+        _positive(self, "original_context", "beta_fast", "beta_slow")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A DeepSeek-V2/V3 transformer: MLA, DeepSeekMoE and multi-token prediction."""
+
+    vocab_size: int = 129280
+    dim: int = 7168
+    layers: int = 61
+    dense_layers: int = 3
+    heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_dim: int = 128
+    qk_rope_dim: int = 64
+    v_dim: int = 128
+    dense_hidden: int = 18432
+    expert_hidden: int = 2048
+    experts: int = 256
+    shared_experts: int = 1
+    top_k: int = 8
+    groups: int = 8
+    """Expert groups; with one group a node this is V3's node-limited routing."""
+    top_groups: int = 4
+    gate: Gate = "sigmoid"
+    selection: Selection = "noaux_tc"
+    norm_topk: bool = True
+    route_scale: float = 2.5
+    context: int = 163840
+    rope_theta: float = 10000.0
+    yarn: Yarn | None = Yarn()
+    norm_eps: float = 1e-6
+    mtp_depth: int = 1
+    init_std: float = 0.006
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "dim", "layers", "heads", "kv_lora_rank", "qk_nope_dim")
+        _positive(self, "qk_rope_dim", "v_dim", "dense_hidden", "context", "rope_theta", "norm_eps")
+        _positive(self, "init_std")
+        _require(
+            0 <= self.dense_layers <= self.layers,
+            f"dense_layers is {self.dense_layers}: it must lie between 0 and layers={self.layers}",
+        )
+        _require(
+            self.q_lora_rank is None or self.q_lora_rank > 0,
+            f"q_lora_rank is {self.q_lora_rank}: give a positive rank, or None for no q-LoRA",
+        )
+        _require(
+            self.qk_rope_dim % 2 == 0,
+            f"qk_rope_dim is {self.qk_rope_dim}: RoPE turns pairs, so it must be even",
+        )
+        _require(self.mtp_depth >= 0, f"mtp_depth is {self.mtp_depth}: it must be 0 or more")
+        if self.dense_layers < self.layers or self.mtp_depth:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        _positive(self, "experts", "expert_hidden", "top_k", "groups", "top_groups")
+        _require(
+            self.shared_experts >= 0,
+            f"shared_experts is {self.shared_experts}: it must be 0 or more",
+        )
+        _require(
+            self.experts % self.groups == 0,
+            f"groups={self.groups} does not divide experts={self.experts}",
+        )
+        _require(
+            self.top_groups <= self.groups,
+            f"top_groups={self.top_groups} exceeds groups={self.groups}",
+        )
+        reachable = self.experts // self.groups * self.top_groups
+        if self.selection == "greedy":
+            reachable = self.experts
+        _require(
+            self.top_k <= reachable,
+            f"top_k={self.top_k} exceeds the {reachable} experts a token can reach",
+        )
+        _require(
+            self.selection != "noaux_tc" or self.experts // self.groups >= 2,
+            f"noaux_tc ranks groups by their two best experts: groups={self.groups} leaves "
+            f"fewer than two of experts={self.experts} in a group",
+        )
+
+    @property
+    def moe_layers(self) -> int:
+        return self.layers - self.dense_layers
+
+    @property
+    def qk_dim(self) -> int:
+        return self.qk_nope_dim + self.qk_rope_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the cache: the normalised latent and the rotated shared key."""
+        return self.kv_lora_rank + self.qk_rope_dim
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it becomes sequences."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders or globs of text, code or JSONL; empty means Python's standard library."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a tokenizer.json."""
+    text_field: str = "text"
+    """The field of a JSONL record that holds its text."""
+    seq_len: int = 4096
+    held_out: float = 0.05
+    """Share of files kept for evaluation, chosen by a hash of their content."""
+    fim_rate: float = 0.0
+    """Share of training documents rearranged for fill-in-the-middle (PSM); V3 used 0.1."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 2, f"seq_len is {self.seq_len}: it must be at least 2")
+        _fraction(self, "held_out", "fim_rate")
+        _require(
+            0 < self.held_out < 1, f"held_out is {self.held_out}: keep some files on each side"
+        )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with DeepSeek-V3's constants (arXiv 2412.19437, section 4.2)."""
+
+    peak_lr: float = 2.2e-4
+    final_lr: float = 2.2e-5
+    last_lr: float = 7.3e-6
+    """Learning rate of the second constant phase at the very end."""
+    warmup_fraction: float = 0.02
+    constant_fraction: float = 0.66
+    cosine_fraction: float = 0.29
+    last_fraction: float = 0.011
+    """Shares of the steps; what is left between cosine and last runs at `final_lr`."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 stores both Adam moments in 16 bits, as V3 does."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "peak_lr", "eps", "clip_norm")
+        _fraction(
+            self,
+            "warmup_fraction",
+            "constant_fraction",
+            "cosine_fraction",
+            "last_fraction",
+            "b1",
+            "b2",
+        )
+        total = (
+            self.warmup_fraction
+            + self.constant_fraction
+            + self.cosine_fraction
+            + self.last_fraction
+        )
+        _require(total <= 1 + 1e-9, f"the schedule's fractions add up to {total}: at most 1")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How the load of experts is kept even (arXiv 2408.15664; V3 sections 2.1.2 and 4.2)."""
+
+    bias_speed: float = 1e-3
+    """Step u of the router bias: auxiliary-loss-free balancing; 0 switches it off."""
+    bias_until: float = 0.966
+    """Share of the steps after which the bias rests (V3: 14.3T of 14.8T tokens)."""
+    sequence_aux: float = 1e-4
+    """Weight of the sequence-wise auxiliary loss."""
+    batch_aux: float = 0.0
+    """Weight of the classic auxiliary loss over the whole batch, for comparison."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "bias_until")
+        for name in ("bias_speed", "sequence_aux", "batch_aux"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}: it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Mtp:
+    """Weight of the multi-token-prediction loss; V3: 0.3 for 10T of 14.8T tokens, then 0.1."""
+
+    weight: float = 0.3
+    late_weight: float = 0.1
+    late_from: float = 0.676
+
+    def __post_init__(self) -> None:
+        _fraction(self, "late_from")
+        for name in ("weight", "late_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}: it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 1000
+    batch: int = 8
+    """Sequences a step, over all devices."""
+    micro_batches: int = 1
+    """Gradient accumulation: the batch is worked through in this many parts."""
+    ramp_from: int | None = None
+    """Batch size of the first steps; it grows linearly to `batch` (V3: 3072 to 15360)."""
+    ramp_fraction: float = 0.0
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 3
+    """Checkpoints kept, the newest ones."""
+    eval_every: int = 500
+    eval_batches: int = 16
+    """Held-out batches of an evaluation along the way; the one at the end reads them all."""
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "steps",
+            "batch",
+            "micro_batches",
+            "save_every",
+            "keep",
+            "eval_every",
+            "eval_batches",
+        )
+        _fraction(self, "ramp_fraction")
+        _require(
+            self.batch % self.micro_batches == 0,
+            f"micro_batches={self.micro_batches} does not divide batch={self.batch}",
+        )
+        micro = self.batch // self.micro_batches
+        ramp = self.ramp_from
+        _require(
+            ramp is None or (0 < ramp <= self.batch and ramp % micro == 0),
+            f"ramp_from is {ramp}: it must be a multiple of the micro-batch {micro} and at "
+            f"most batch={self.batch}",
+        )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp"):
+            value = getattr(self, name)
+            _require(
+                value == -1 or value > 0, f"mesh {name} is {value}: use -1 or a positive number"
+            )
+        _require((self.data, self.fsdp) != (-1, -1), "only one mesh axis can be -1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run: what a recipe returns and a checkpoint records."""
+
+    name: str
+    model: Model
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    balance: Balance = field(default_factory=Balance)
+    mtp: Mtp = field(default_factory=Mtp)
+    mesh: Mesh = field(default_factory=Mesh)
+    precision: Precision = "bf16"
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and Path(self.name).name == self.name,
+            f"name is {self.name!r}: give a plain word, it names the output folder",
+        )
+        _require(
+            self.data.seq_len <= self.model.context,
+            f"seq_len={self.data.seq_len} exceeds the model's context={self.model.context}",
+        )

@@ -1,0 +1,18 @@
+"""The model: MLA, DeepSeekMoE, multi-token prediction. Adds only Flax to jax."""
+
+from dsjax.model.block import LatentCache
+from dsjax.model.moe import Experts, local_experts
+from dsjax.model.placement import LOCAL, Placement
+from dsjax.model.router import RouterBias, RouterStats
+from dsjax.model.transformer import Transformer
+
+__all__ = [
+    "LOCAL",
+    "Experts",
+    "LatentCache",
+    "Placement",
+    "RouterBias",
+    "RouterStats",
+    "Transformer",
+    "local_experts",
+]

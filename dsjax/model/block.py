@@ -1,0 +1,106 @@
+"""One transformer layer, and a stack of equal ones that is scanned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.model.init import ones
+from dsjax.model.mla import Mla
+from dsjax.model.moe import Mlp, Moe
+from dsjax.model.norm import rms_norm
+from dsjax.model.placement import Placement
+from dsjax.model.router import RouterStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Array, Float, Int
+
+    from dsjax.config import Model, Remat
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LatentCache(NamedTuple):
+    """Latents of every layer and token so far; positions from `lengths` on are free."""
+
+    latents: Float[Array, "l b s w"]
+    lengths: Int[Array, " b"]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Model, moe: bool, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        self.attn_norm = ones(config.dim, param_dtype)
+        self.attn = Mla(config, rngs=rngs, param_dtype=param_dtype)
+        self.mlp_norm = ones(config.dim, param_dtype)
+        if moe:
+            self.mlp = Moe(config, rngs=rngs, param_dtype=param_dtype)
+        else:
+            self.mlp = Mlp(config.dim, config.dense_hidden, config.init_std,
+                           rngs=rngs, param_dtype=param_dtype)  # fmt: skip
+        self.eps = config.norm_eps
+
+    def __call__(
+        self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"], placement: Placement
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t w"], RouterStats | None]:
+        """The layer on whole sequences; also its latents and, for MoE, its routing."""
+        attended, latents = self.attn.naive(rms_norm(x, self.attn_norm[...], self.eps), turn)
+        x, stats = self._feed_forward(x + attended, placement)
+        return placement.spread(x), latents, stats
+
+    def decode(
+        self,
+        x: Float[Array, "b t d"],
+        turn: Float[Array, "b t r/2 2"],
+        cache: Float[Array, "b s w"],
+        start: Int[Array, " b"],
+        placement: Placement,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s w"]]:
+        """The layer on new tokens at positions start, start + 1, ...; writes their latents."""
+        normed = rms_norm(x, self.attn_norm[...], self.eps)
+        new = self.attn.latents(normed, turn).astype(cache.dtype)
+        write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, 0)))
+        cache = write(cache, new, start)
+        positions = start[:, None] + jnp.arange(x.shape[1])
+        visible = jnp.arange(cache.shape[1]) <= positions[..., None]
+        x = x + self.attn.absorbed(normed, turn, cache, visible)
+        return self._feed_forward(x, placement)[0], cache
+
+    def _feed_forward(
+        self, x: Float[Array, "b t d"], placement: Placement
+    ) -> tuple[Float[Array, "b t d"], RouterStats | None]:
+        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        if isinstance(self.mlp, Moe):
+            out, stats = self.mlp(normed, placement.experts)
+            return x + out, stats
+        with jax.named_scope("dense_mlp"):
+            return x + self.mlp(normed), None
+
+
+def stack_blocks(
+    count: int, config: Model, moe: bool, *, rngs: nnx.Rngs, param_dtype: jnp.dtype
+) -> Block | None:
+    """`count` layers as one module whose arrays have a leading layer axis; None for no layers."""
+    if count == 0:
+        return None
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> Block:
+        return Block(config, moe, rngs=rngs, param_dtype=param_dtype)
+
+    return build(rngs)
+
+
+def rematerialise(layer: Callable, remat: Remat) -> Callable:
+    """What the backward pass recomputes: nothing, all but matmul results, or whole layers."""
+    if remat == "none":
+        return layer
+    return jax.checkpoint(layer, policy=POLICIES[remat], prevent_cse=False)

@@ -1,0 +1,158 @@
+"""DeepSeek-V2/V3 as one module.
+
+* Layers of a kind are stacked and scanned: one compilation and one set of arrays for all of them.
+* `model(tokens)` gives logits; `hidden`, `logits` and `predict_further` are what training needs;
+  `prefill` and `decode` work on the latent cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.model.block import Block, LatentCache, rematerialise, stack_blocks
+from dsjax.model.init import normal, ones
+from dsjax.model.mtp import Mtp
+from dsjax.model.norm import rms_norm
+from dsjax.model.placement import LOCAL, Placement
+from dsjax.model.precision import compute_dtype, exactness
+from dsjax.model.rope import rotation
+from dsjax.model.router import RouterStats
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    from dsjax.config import Model, Precision, Remat
+
+
+class _Kinds(TypedDict):
+    rngs: nnx.Rngs
+    param_dtype: jnp.dtype
+
+
+class Transformer(nnx.Module):
+    """A model of `config`: parameters stored in `param_dtype`, computed with in `precision`."""
+
+    def __init__(
+        self,
+        config: Model,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.dtype(jnp.float32),  # noqa: B008
+        precision: Precision = "fp32",
+    ):
+        compute_dtype(precision)
+        std, kinds = config.init_std, _Kinds(rngs=rngs, param_dtype=param_dtype)
+        self.embed = normal(rngs, (config.vocab_size, config.dim), std, param_dtype)
+        self.dense = stack_blocks(config.dense_layers, config, False, **kinds)
+        self.moe = stack_blocks(config.moe_layers, config, True, **kinds)
+        self.norm = ones(config.dim, param_dtype)
+        self.head = normal(rngs, (config.dim, config.vocab_size), std, param_dtype)
+        self.mtp = nnx.List([Mtp(config, **kinds) for _ in range(config.mtp_depth)])
+        self.config = config
+        self.precision = precision
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t p"]:
+        """Float32 logits of the token after each; ValueError if tokens are not whole numbers."""
+        _check_tokens(tokens)
+        return self.logits(self.hidden(tokens)[0])
+
+    @jax.named_scope("embed")
+    def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return self.embed[...][tokens].astype(compute_dtype(self.precision))
+
+    @jax.named_scope("head")
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... p"]:
+        """Float32 logits of normed hidden states."""
+        return jnp.einsum(
+            "...d,dp->...p", hidden, self.head[...].astype(hidden.dtype),
+            precision=exactness(hidden.dtype), preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def hidden(
+        self, tokens: Int[Array, "b t"], placement: Placement = LOCAL, remat: Remat = "none"
+    ) -> tuple[Float[Array, "b t d"], RouterStats | None]:
+        """Normed hidden states and the routing of all MoE layers, [l, ...]."""
+        x, _, stats = self._layers(tokens, placement, remat, keep_latents=False)
+        return rms_norm(x, self.norm[...], self.config.norm_eps), stats
+
+    def predict_further(
+        self,
+        hidden: Float[Array, "b t d"],
+        following: Int[Array, "d b t"],
+        placement: Placement = LOCAL,
+    ) -> tuple[list[Float[Array, "b t d"]], RouterStats | None]:
+        """Normed hidden states of each MTP depth; following[i] holds the tokens i + 1 later."""
+        turn = rotation(self.config, _positions(following[0])) if self.mtp else None
+        depths, stats = [], []
+        for mtp, tokens in zip(self.mtp, following, strict=True):
+            hidden, routed = placement.gather(mtp)(hidden, self.embedded(tokens), turn, placement)
+            depths.append(hidden)
+            stats.append(routed)
+        return depths, jax.tree.map(lambda *leaf: jnp.stack(leaf), *stats) if stats else None
+
+    def prefill(
+        self, tokens: Int[Array, "b t"], lengths: Int[Array, " b"], capacity: int
+    ) -> tuple[Float[Array, "b p"], LatentCache]:
+        """Logits after each prompt's last token and a cache with room for `capacity` tokens."""
+        x, latents, _ = self._layers(tokens, LOCAL, "none", keep_latents=True)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
+        normed = rms_norm(last, self.norm[...], self.config.norm_eps)
+        return self.logits(normed), LatentCache(jnp.pad(jnp.concatenate(latents), room), lengths)
+
+    def decode(
+        self, tokens: Int[Array, "b t"], cache: LatentCache
+    ) -> tuple[Float[Array, "b t p"], LatentCache]:
+        """Logits after each new token; t > 1 verifies several guesses at once."""
+        x = self.embedded(tokens)
+        start = cache.lengths
+        turn = rotation(self.config, start[:, None] + jnp.arange(tokens.shape[1]))
+
+        def layer(x: jax.Array, stacked: tuple[Block, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            block, latents = stacked
+            return block.decode(x, turn, latents, start, LOCAL)
+
+        split = self.config.dense_layers
+        written = []
+        for blocks, latents in (
+            (self.dense, cache.latents[:split]),
+            (self.moe, cache.latents[split:]),
+        ):
+            if blocks is not None:
+                x, new = jax.lax.scan(layer, x, (blocks, latents))
+                written.append(new)
+        x = rms_norm(x, self.norm[...], self.config.norm_eps)
+        cache = LatentCache(jnp.concatenate(written), start + tokens.shape[1])
+        return self.logits(x), cache
+
+    def _layers(
+        self, tokens: Int[Array, "b t"], placement: Placement, remat: Remat, keep_latents: bool
+    ) -> tuple[Float[Array, "b t d"], list[Float[Array, "l b t w"]], RouterStats | None]:
+        x = placement.spread(self.embedded(tokens))
+        turn = rotation(self.config, _positions(tokens))
+
+        def layer(x: jax.Array, block: Block) -> tuple[jax.Array, tuple]:
+            x, latents, stats = placement.gather(block)(x, turn, placement)
+            return x, (latents if keep_latents else None, stats)
+
+        kept, stats = [], None
+        for blocks in (self.dense, self.moe):
+            if blocks is not None:
+                x, (latents, stats) = jax.lax.scan(rematerialise(layer, remat), x, blocks)
+                kept.append(latents)
+        return x, kept, stats
+
+
+def _positions(tokens: Int[Array, "b t"]) -> Int[Array, "1 t"]:
+    return jnp.arange(tokens.shape[1])[None]
+
+
+def _check_tokens(tokens: Int[Array, "b t"]) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens are {tokens.dtype} {tokens.shape}: expected integers [batch, time]"
+        )

@@ -1,0 +1,69 @@
+"""Held-out loss in bits per byte, and the balance of experts over the whole held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.data import Packed, eval_batches
+from dsjax.model import LOCAL, Placement
+from dsjax.train.balance import max_violation
+from dsjax.train.loss import negative_log_likelihood
+from dsjax.train.step import TrainState, model_of
+
+if TYPE_CHECKING:
+    from dsjax.config import Run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float
+    """Over the UTF-8 bytes of the text; end-of-document tokens are paid for too."""
+    max_vio_layers: list[float]
+    load: list[list[int]]
+
+    @property
+    def max_vio_global(self) -> float:
+        """Mean over the layers of MaxVio on all held-out text."""
+        return float(np.mean(self.max_vio_layers)) if self.max_vio_layers else 0.0
+
+
+def build_evaluate(
+    run: Run,
+    held_out: Packed,
+    put: Callable[[np.ndarray], jax.Array],
+    placement: Placement = LOCAL,
+) -> Callable[[TrainState, int | None], Evaluation]:
+    """A function of state and number of batches (None: all of the held-out text)."""
+    batch = run.train.batch // run.train.micro_batches
+
+    @jax.jit
+    def score(state: TrainState, sequences: jax.Array, mask: jax.Array):
+        model = model_of(run, state.params, state.bias)
+        hidden, stats = model.hidden(sequences[:, :-1], placement)
+        nats = negative_log_likelihood(model, hidden, sequences[:, 1:])
+        load = jnp.zeros((0, 1), jnp.int32) if stats is None else stats.load_E
+        return jnp.where(mask > 0, nats, 0.0).sum(), load
+
+    def evaluate(state: TrainState, batches: int | None = None) -> Evaluation:
+        nats, targets, load = 0.0, 0, 0
+        for sequences, mask in islice(eval_batches(held_out, run.data.seq_len, batch), batches):
+            part, routed = score(state, put(sequences), put(mask))
+            nats, load = nats + float(part), load + np.asarray(routed, np.int64)
+            targets += int(mask.sum())
+        read = targets / (len(held_out.tokens) - 1) * held_out.text_bytes
+        vio = max_violation(jnp.asarray(load))
+        return Evaluation(
+            nats / targets, nats / math.log(2) / read, vio.tolist(), np.asarray(load).tolist()
+        )
+
+    return evaluate

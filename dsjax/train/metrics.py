@@ -1,0 +1,86 @@
+"""Figures of a run: one JSON line a step, and the same for TensorBoard.
+
+Device arrays are read some steps after their step was dispatched, so that reading never holds the
+device up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+STEPS_BEHIND = 2
+JSONL = "metrics.jsonl"
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient stopped being a finite number."""
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events in a folder; lines after `start` are dropped."""
+
+    def __init__(self, folder: Path, start: int):
+        path = folder / JSONL
+        kept = [line for line in read_lines(path) if line["step"] <= start] if start else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file; a last line cut short by a kill is left out."""
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+class Pending:
+    """Metrics of dispatched steps, handed out as numbers a few steps later."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
+        self._last = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what was not the step's."""
+        self._last = time.perf_counter()
+
+    def add(self, step: int, tokens: int, metrics: dict[str, jax.Array]) -> None:
+        self._queue.append((step, tokens, metrics))
+
+    def ready(self, behind: int = STEPS_BEHIND) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every step but the newest `behind`; raises Diverged at one that is not finite."""
+        while len(self._queue) > behind:
+            step, tokens, arrays = self._queue.popleft()
+            values = {name: np.asarray(value).tolist() for name, value in arrays.items()}
+            now = time.perf_counter()
+            values["step_seconds"] = now - self._last
+            values["tokens_per_second"] = tokens / (now - self._last)
+            self._last = now
+            yield step, values
+            for name in ("loss", "mtp_loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise Diverged(f"{name} is {values[name]} at step {step}")
