@@ -17,7 +17,7 @@ def recipe() -> Run:
             route_scale=2.5, context=4096, yarn=None, mtp_depth=1, init_std=0.02,
         ),
         data=Data(seq_len=1024),
-        train=Train(steps=1500, batch=64, save_every=500, eval_every=250, eval_batches=8),
+        train=Train(steps=1000, batch=64, save_every=500, eval_every=250, eval_batches=8),
         optimizer=Optimizer(peak_lr=1e-3, final_lr=5e-5, last_lr=5e-5, last_fraction=0.0,
                             warmup_fraction=0.05, constant_fraction=0.35, cosine_fraction=0.6),
     )  # fmt: skip

@@ -24,6 +24,7 @@ BACKENDS = ("auto", "mosaic_gpu", "blocks", "ragged_dot")
 CPU_BLOCK, GPU_BLOCK = 64, 512
 # 128x128 output tiles, 64 of K a stage, 4 stages: the fastest of those tried on an H200.
 TILE, STAGE_K, STAGES, SNAKE = 128, 64, 4, 16
+ROWS = 8  # height of a shared-memory tile: the weight gradient reads x transposed
 
 
 def grouped_gemm(
@@ -50,7 +51,7 @@ def grouped_gemm(
         backend = "mosaic_gpu" if is_hopper() and _mosaic_takes(x, w) else "blocks"
     if backend == "mosaic_gpu" and not _mosaic_takes(x, w):
         raise ValueError(
-            f"mosaic_gpu takes bf16 with k and n divisible by {TILE}; got x {x.dtype} "
+            f"mosaic_gpu takes bf16, k and n divisible by {TILE}, m by {ROWS}; got x {x.dtype} "
             f"{x.shape}, w {w.dtype} {w.shape}"
         )
     return {"mosaic_gpu": _mosaic, "blocks": _blocks, "ragged_dot": _ragged_dot}[backend](
@@ -84,7 +85,8 @@ def _blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 def _mosaic_takes(x: jax.Array, w: jax.Array) -> bool:
     whole = w.shape[1] % TILE == 0 and w.shape[2] % TILE == 0
-    return x.dtype == w.dtype == jnp.bfloat16 and whole and x.shape[0] >= TILE
+    rows = x.shape[0] >= TILE and x.shape[0] % ROWS == 0
+    return x.dtype == w.dtype == jnp.bfloat16 and whole and rows
 
 
 @jax.custom_vjp

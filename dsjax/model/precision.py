@@ -34,3 +34,31 @@ def exactness(dtype: jnp.dtype) -> jax.lax.Precision | None:
 def project(equation: str, x: Float[Array, ...], w: Float[Array, ...]) -> Float[Array, ...]:
     """`einsum(equation, x, w)` with the weight brought to x's format, result in x's format."""
     return jnp.einsum(equation, x, w.astype(x.dtype), precision=exactness(x.dtype))
+
+
+@jax.custom_vjp
+def project_to_logits(
+    hidden: Float[Array, "... d"], head: Float[Array, "d p"]
+) -> Float[Array, "... p"]:
+    """Float32 logits from operands in hidden's format; the backward products stay in it too."""
+    return jnp.einsum(
+        "...d,dp->...p",
+        hidden,
+        head,
+        precision=exactness(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _logits_fwd(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple]:
+    return project_to_logits(hidden, head), (hidden, head)
+
+
+def _logits_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden, head = saved
+    grad, exact = grad.astype(hidden.dtype), exactness(hidden.dtype)
+    d_hidden = jnp.einsum("...p,dp->...d", grad, head, precision=exact)
+    return d_hidden, jnp.einsum("...d,...p->dp", hidden, grad, precision=exact)
+
+
+project_to_logits.defvjp(_logits_fwd, _logits_bwd)

@@ -18,7 +18,7 @@ from dsjax.model.init import normal, ones
 from dsjax.model.mtp import Mtp
 from dsjax.model.norm import rms_norm
 from dsjax.model.placement import LOCAL, Placement
-from dsjax.model.precision import compute_dtype, exactness
+from dsjax.model.precision import compute_dtype, project_to_logits
 from dsjax.model.rope import rotation
 from dsjax.model.router import RouterStats
 
@@ -56,8 +56,12 @@ class Transformer(nnx.Module):
         self.precision = precision
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t p"]:
-        """Float32 logits of the token after each; ValueError if tokens are not whole numbers."""
-        _check_tokens(tokens)
+        """Float32 logits of the token after each.
+
+        ValueError if tokens are not integers [batch, time] or, outside jit, beyond the vocabulary.
+        """
+        tokens = jnp.asarray(tokens)
+        _check_tokens(tokens, self.config.vocab_size)
         return self.logits(self.hidden(tokens)[0])
 
     @jax.named_scope("embed")
@@ -67,10 +71,7 @@ class Transformer(nnx.Module):
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... p"]:
         """Float32 logits of normed hidden states."""
-        return jnp.einsum(
-            "...d,dp->...p", hidden, self.head[...].astype(hidden.dtype),
-            precision=exactness(hidden.dtype), preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        return project_to_logits(hidden, self.head[...].astype(hidden.dtype))
 
     def hidden(
         self, tokens: Int[Array, "b t"], placement: Placement = LOCAL, remat: Remat = "none"
@@ -151,8 +152,14 @@ def _positions(tokens: Int[Array, "b t"]) -> Int[Array, "1 t"]:
     return jnp.arange(tokens.shape[1])[None]
 
 
-def _check_tokens(tokens: Int[Array, "b t"]) -> None:
+def _check_tokens(tokens: Int[Array, "b t"], vocab_size: int) -> None:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens are {tokens.dtype} {tokens.shape}: expected integers [batch, time]"
         )
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+        return
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size}")

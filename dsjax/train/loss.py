@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dsjax.config import Balance, Remat
 
-LOGITS_AT_ONCE = 2**28
+LOGITS_AT_ONCE = 2**29
 
 
 class Losses(NamedTuple):

@@ -1,0 +1,208 @@
+"""The whole model: cached decoding, multi-token prediction, precision, rematerialisation."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsjax.config import Yarn
+from dsjax.model import LOCAL, LatentCache, RouterBias, Transformer
+from dsjax.model.block import Block, stack_blocks
+from dsjax.model.rope import rotation
+from tests.tiny import CONFIG, random_tokens, random_transformer
+
+VARIANTS = {
+    "v3": {"q_lora_rank": 12, "yarn": Yarn(factor=8.0, original_context=16), "mtp_depth": 2},
+    "no dense layers, no shared experts": {
+        "dense_layers": 0, "layers": 2, "heads": 3, "v_dim": 12, "shared_experts": 0
+    },
+    "no MoE layers": {"dense_layers": 2, "layers": 2},
+}  # fmt: skip
+LENGTHS, PADDED, NEW, CAPACITY = (3, 8, 5), 8, 6, 16
+
+
+@jax.jit
+def forward(model: Transformer, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def continued(model: Transformer, tokens: jax.Array, lengths: jax.Array, piece: int) -> tuple:
+    """Logits after each prompt and after each of the NEW tokens behind it, `piece` at a time."""
+    after, cache = model.prefill(tokens[:, :PADDED], lengths, CAPACITY)
+    at = lengths[:, None] + jnp.arange(NEW)
+    new = jnp.take_along_axis(tokens, at, axis=1)
+
+    def step(cache: LatentCache, tokens: jax.Array) -> tuple[LatentCache, jax.Array]:
+        logits, cache = model.decode(tokens, cache)
+        return cache, logits
+
+    pieces = new.reshape(len(tokens), -1, piece).swapaxes(0, 1)
+    cache, logits = jax.lax.scan(step, cache, pieces)
+    return after, logits.swapaxes(0, 1).reshape(len(tokens), NEW, -1), cache.lengths
+
+
+def assert_close(found: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> None:
+    difference = float(jnp.abs(found - expected).max())
+    assert difference <= tolerance * float(jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("case", "piece"),
+    [
+        ("v3", 1),
+        ("v3", 3),
+        ("no dense layers, no shared experts", 1),
+        ("no MoE layers", 2),
+    ],
+)
+def test_decoding_equals_the_full_forward_for_prompts_of_any_length(case, piece):
+    model = random_transformer(**VARIANTS[case])
+    tokens, lengths = random_tokens(len(LENGTHS), PADDED + NEW), jnp.array(LENGTHS)
+    full = forward(model, tokens)
+    after, logits, end = continued(model, tokens, lengths, piece)
+    for row, length in enumerate(LENGTHS):
+        assert_close(after[row], full[row, length - 1])
+        assert_close(logits[row], full[row, length : length + NEW])
+    np.testing.assert_array_equal(end, lengths + NEW)
+
+
+def test_what_stands_behind_a_prompt_does_not_matter():
+    model, lengths = random_transformer(**VARIANTS["v3"]), jnp.array(LENGTHS)
+    tokens = random_tokens(len(LENGTHS), PADDED + NEW)
+    other = tokens.at[0, 3 + NEW :].set(1).at[2, 5 + NEW :].set(2)
+    for found, expected in zip(continued(model, other, lengths, 1),
+                               continued(model, tokens, lengths, 1), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_logits_do_not_see_later_tokens():
+    model, tokens = random_transformer(**VARIANTS["v3"]), random_tokens(3, PADDED + NEW)
+    changed = forward(model, tokens.at[:, 9].add(1) % CONFIG.vocab_size)
+    full = forward(model, tokens)
+    assert_close(changed[:, :9], full[:, :9], 1e-6)
+    assert jnp.abs(changed[:, 9:] - full[:, 9:]).max(axis=-1).min() > 1e-3
+
+
+def test_cache_holds_one_latent_a_layer_and_token():
+    model = random_transformer()
+    _, cache = jax.eval_shape(lambda: model.prefill(random_tokens(2, 8), jnp.array([8, 8]), 32))
+    assert cache.latents.shape == (CONFIG.layers, 2, 32, CONFIG.latent_dim)
+
+
+def rms(x: np.ndarray, weight: nnx.Param) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps) * np.asarray(weight[...])
+
+
+def test_each_mtp_depth_joins_embedding_then_the_hidden_state_before_it():
+    model, tokens = random_transformer(**VARIANTS["v3"]), random_tokens(2, 10)
+    following = jnp.stack([tokens[:, 1:9], tokens[:, 2:10]])
+    hidden, _ = jax.jit(lambda model: model.hidden(tokens[:, :8]))(model)
+    states, stats = jax.jit(Transformer.predict_further)(model, hidden, following)
+    assert len(states) == 2
+    assert stats.load_E.shape == (2, CONFIG.experts)
+    turn, run_block = rotation(model.config, jnp.arange(8)[None]), jax.jit(
+        lambda block, x, turn: block(x, turn, LOCAL)[0]
+    )  # fmt: skip
+    before = np.asarray(hidden)
+    for mtp, later, found in zip(model.mtp, following, states, strict=True):
+        embedded = np.asarray(model.embed[...])[np.asarray(later)]
+        upper, lower = np.split(np.asarray(mtp.project[...]), 2)
+        x = rms(embedded, mtp.enorm) @ upper + rms(before, mtp.hnorm) @ lower
+        expected = rms(np.asarray(run_block(mtp.block, jnp.asarray(x), turn)), mtp.norm)
+        assert_close(found, expected)
+        before = expected
+
+
+def test_mtp_needs_one_row_of_following_tokens_a_depth():
+    model = random_transformer(mtp_depth=2)
+    with pytest.raises(ValueError, match="zip"):
+        jax.eval_shape(
+            model.predict_further, jnp.zeros((1, 4, CONFIG.dim)), jnp.zeros((1, 1, 4), jnp.int32)
+        )
+
+
+def test_without_mtp_nothing_further_is_predicted():
+    model = random_transformer()
+    states, stats = model.predict_further(jnp.zeros((1, 4, 32)), jnp.zeros((0, 1, 4), jnp.int32))
+    assert (states, stats) == ([], None)
+
+
+def nats(model: Transformer, tokens: jax.Array, remat: str) -> jax.Array:
+    logits = model.logits(model.hidden(tokens[:, :-1], remat=remat)[0])
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+
+
+def test_rematerialising_changes_no_gradient():
+    model, tokens = random_transformer(layers=1, dense_layers=0), random_tokens(2, 9)
+    slope = jax.jit(jax.grad(nats), static_argnums=2)
+    plain = jax.tree.leaves(slope(model, tokens, "none"))
+    assert max(float(jnp.abs(leaf).max()) for leaf in plain) > 0.01
+    for remat in ("dots", "layer"):
+        for found, expected in zip(
+            jax.tree.leaves(slope(model, tokens, remat)), plain, strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("remat", "recomputes"), [("none", 0), ("dots", 2), ("layer", 2)])
+def test_each_stack_of_layers_is_rematerialised_if_asked(remat, recomputes):
+    program = jax.make_jaxpr(functools.partial(nats, remat=remat))(
+        random_transformer(), random_tokens(2, 9)
+    )
+    assert str(program).count("remat2[") + str(program).count("checkpoint[") == recomputes
+
+
+def test_bf16_stays_close_to_fp32_and_gives_float32_logits():
+    changes, tokens = VARIANTS["no MoE layers"], random_tokens(3, PADDED + NEW)
+    exact = forward(random_transformer(**changes), tokens)
+    found = forward(random_transformer(precision="bf16", **changes), tokens)
+    assert found.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean((found - exact) ** 2) / jnp.mean(exact**2))
+    assert 1e-4 < error < 0.06
+
+
+@pytest.mark.parametrize(
+    "tokens", [jnp.ones((1, 4), jnp.float16), jnp.ones((1, 4)), jnp.ones((4,), jnp.int32)]
+)
+def test_tokens_must_be_integers_in_batches(tokens):
+    with pytest.raises(ValueError, match=str(tokens.dtype)) as refusal:
+        random_transformer()(tokens)
+    assert str(tokens.shape) in str(refusal.value)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "float32", "fp8"])
+def test_unknown_precision_is_refused(precision):
+    with pytest.raises(ValueError, match=precision):
+        Transformer(CONFIG, rngs=nnx.Rngs(0), precision=precision)
+
+
+def test_router_bias_is_no_parameter():
+    model = random_transformer(mtp_depth=1)
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    biases = [path for path, _ in nnx.to_flat_state(nnx.state(model, RouterBias))]
+    assert not [path for path in paths if "bias" in path]
+    assert biases == [
+        ("moe", "mlp", "router", "bias"),
+        ("mtp", 0, "block", "mlp", "router", "bias"),
+    ]
+
+
+def test_weights_of_each_layer_start_normal_with_init_std_and_norms_at_one():
+    @jax.jit
+    def build() -> Block:
+        kinds = {"rngs": nnx.Rngs(0), "param_dtype": jnp.dtype(jnp.float32)}
+        return stack_blocks(2, replace(CONFIG, init_std=0.05), False, **kinds)
+
+    layers = build()
+    for path, leaf in nnx.to_flat_state(nnx.state(layers, nnx.Param)):
+        if "norm" in str(path[-1]):
+            assert (leaf[...] == 1).all(), path
+        else:
+            assert float(leaf[...].std()) == pytest.approx(0.05, rel=0.15), path
+            assert float(jnp.abs(leaf[0] - leaf[1]).max()) > 0.05, path
