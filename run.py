@@ -26,6 +26,10 @@ BAD_INPUT, FAILED = 2, 1
 console = Console()
 
 
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 # --- recipes -------------------------------------------------------------------------------------
 
 
@@ -76,24 +80,22 @@ def train_command(arguments: list[str]) -> int:
     )
     out = command.out or default_folder(command.run.name, command.resume)
     hint_at_gpu()
-    console.print(f"run {command.run.name} in {out}", highlight=False)
+    say(f"run {command.run.name} in {out}")
     outcome = train(command.run, out, resume=command.resume, console=console)
     if outcome.stopped_by:
-        console.print(
+        say(
             f"stopped by {outcome.stopped_by} after step {outcome.step}; go on with: "
-            f"run.py train ... --out {out} --resume",
-            highlight=False,
+            f"run.py train ... --out {out} --resume"
         )
         return 0
     if outcome.evaluation is None:
         raise ValueError(f"{out} ended at step {outcome.step} without an evaluation")
     bits, xz = outcome.evaluation.bits_per_byte, xz_bits_per_byte(command.run)
-    console.print(
+    say(
         f"held out: {bits:.3f} bits per byte (xz -9 of the same text: {xz:.3f}), "
-        f"MaxVio_global {outcome.evaluation.max_vio_global:.3f}",
-        highlight=False,
+        f"MaxVio_global {outcome.evaluation.max_vio_global:.3f}"
     )
-    console.print("pictures: " + ", ".join(map(str, outcome.pictures)), highlight=False)
+    say("pictures: " + ", ".join(map(str, outcome.pictures)))
     if command.sample:
         print_sample(out, command.sample)
     return 0
@@ -222,7 +224,7 @@ def convert_command(arguments: list[str]) -> int:
         tokenizer_from = getattr(tokenizer, "path", None)
         dtype = dtype or "bfloat16"
     save_pretrained(model, command.target, dtype=dtype, tokenizer_from=tokenizer_from)
-    console.print(f"wrote {command.target}", highlight=False)
+    say(f"wrote {command.target}")
     return 0
 
 
@@ -299,7 +301,7 @@ def tokenize_command(arguments: list[str]) -> int:
     command = tyro.cli(TokenizeCommand, args=arguments, prog="run.py tokenize")
     corpus = read_corpus(command.paths, command.text_field)
     tokenizer = train_bpe(corpus.documents, command.vocab_size, command.out)
-    console.print(f"wrote {command.out}: {tokenizer.vocab_size} tokens", highlight=False)
+    say(f"wrote {command.out}: {tokenizer.vocab_size} tokens")
     return 0
 
 

@@ -1,3 +1,11 @@
+"""A 1.1M-parameter V3 on bytes of Python's standard library: the default recipe, for any CPU.
+
+    python3 -m uv run run.py train configs/tiny.py
+
+Two CPU cores: about TINY_TIME, compiled programs cached; ends at TINY_BPB held-out bits per byte
+and MaxVio_global TINY_VIO.
+"""
+
 from dsjax.config import Balance, Data, Model, Optimizer, Run, Train
 
 
@@ -12,7 +20,7 @@ def recipe() -> Run:
             route_scale=1.0, context=2048, yarn=None, mtp_depth=1, init_std=0.08,
         ),
         data=Data(seq_len=128),
-        train=Train(steps=1200, batch=8, save_every=400, eval_every=400, eval_batches=16),
+        train=Train(steps=1000, batch=8, save_every=250, eval_every=250, eval_batches=16),
         optimizer=Optimizer(
             peak_lr=3e-3, final_lr=1.5e-4, last_lr=1.5e-4, warmup_fraction=0.04,
             constant_fraction=0.4, cosine_fraction=0.56, last_fraction=0.0,

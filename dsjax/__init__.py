@@ -1,10 +1,10 @@
 """DeepSeek's open stack in JAX.
 
-    import dsjax
+import dsjax
 
-    model = dsjax.from_pretrained("path/to/checkpoint")
-    tokens = dsjax.generate(model, prompt_tokens, max_new_tokens=100)
-    dsjax.save_pretrained(model, "path/to/copy")
+model = dsjax.from_pretrained("path/to/checkpoint")
+tokens = dsjax.generate(model, prompt_tokens, max_new_tokens=100)
+dsjax.save_pretrained(model, "path/to/copy")
 """
 
 from __future__ import annotations

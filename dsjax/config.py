@@ -5,13 +5,15 @@ overrides single fields of it. Nothing here touches a device.
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Gate = Literal["softmax", "sigmoid"]
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Precision = Literal["fp32", "bf16"]
 Remat = Literal["none", "dots", "layer"]
+MomentDtype = Literal["float32", "bfloat16"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -22,7 +24,18 @@ def _require(ok: bool, message: str) -> None:
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(value > 0, f"{name} is {value}: it must be greater than 0")
+        _require(value > 0 and isfinite(value), f"{name} is {value}: it must be greater than 0")
+
+
+def _at_least_zero(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value >= 0 and isfinite(value), f"{name} is {value}: it must be 0 or more")
+
+
+def _one_of(owner: object, name: str, kind: Any) -> None:
+    value, choices = getattr(owner, name), get_args(kind)
+    _require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
 
 
 def _fraction(owner: object, *names: str) -> None:
@@ -84,6 +97,9 @@ class Model:
         _positive(self, "vocab_size", "dim", "layers", "heads", "kv_lora_rank", "qk_nope_dim")
         _positive(self, "qk_rope_dim", "v_dim", "dense_hidden", "context", "rope_theta", "norm_eps")
         _positive(self, "init_std")
+        _at_least_zero(self, "route_scale", "mtp_depth")
+        _one_of(self, "gate", Gate)
+        _one_of(self, "selection", Selection)
         _require(
             0 <= self.dense_layers <= self.layers,
             f"dense_layers is {self.dense_layers}: it must lie between 0 and layers={self.layers}",
@@ -96,16 +112,12 @@ class Model:
             self.qk_rope_dim % 2 == 0,
             f"qk_rope_dim is {self.qk_rope_dim}: RoPE turns pairs, so it must be even",
         )
-        _require(self.mtp_depth >= 0, f"mtp_depth is {self.mtp_depth}: it must be 0 or more")
         if self.dense_layers < self.layers or self.mtp_depth:
             self._check_experts()
 
     def _check_experts(self) -> None:
         _positive(self, "experts", "expert_hidden", "top_k", "groups", "top_groups")
-        _require(
-            self.shared_experts >= 0,
-            f"shared_experts is {self.shared_experts}: it must be 0 or more",
-        )
+        _at_least_zero(self, "shared_experts")
         _require(
             self.experts % self.groups == 0,
             f"groups={self.groups} does not divide experts={self.experts}",
@@ -183,11 +195,14 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: MomentDtype = "float32"
     """bfloat16 stores both Adam moments in 16 bits, as V3 does."""
 
     def __post_init__(self) -> None:
         _positive(self, "peak_lr", "eps", "clip_norm")
+        _at_least_zero(self, "final_lr", "last_lr", "weight_decay")
+        _one_of(self, "moment_dtype", MomentDtype)
+        _require(self.b1 < 1 and self.b2 < 1, f"b1={self.b1}, b2={self.b2}: both must be below 1")
         _fraction(
             self,
             "warmup_fraction",
@@ -221,9 +236,7 @@ class Balance:
 
     def __post_init__(self) -> None:
         _fraction(self, "bias_until")
-        for name in ("bias_speed", "sequence_aux", "batch_aux"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}: it must be 0 or more")
+        _at_least_zero(self, "bias_speed", "sequence_aux", "batch_aux")
 
 
 @dataclass(frozen=True)
@@ -236,9 +249,7 @@ class Mtp:
 
     def __post_init__(self) -> None:
         _fraction(self, "late_from")
-        for name in ("weight", "late_weight"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}: it must be 0 or more")
+        _at_least_zero(self, "weight", "late_weight")
 
 
 @dataclass(frozen=True)
@@ -271,6 +282,7 @@ class Train:
             "eval_every",
             "eval_batches",
         )
+        _one_of(self, "remat", Remat)
         _fraction(self, "ramp_fraction")
         _require(
             self.batch % self.micro_batches == 0,
@@ -316,6 +328,7 @@ class Run:
     precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
+        _one_of(self, "precision", Precision)
         _require(
             bool(self.name) and Path(self.name).name == self.name,
             f"name is {self.name!r}: give a plain word, it names the output folder",

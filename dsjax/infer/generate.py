@@ -52,7 +52,7 @@ def stream(
 ) -> Iterator[Int[np.ndarray, " b"]]:
     """As `generate`, one token of every prompt at a time, each as soon as it is known."""
     prompt = _checked_prompt(model, prompt_tokens, max_new_tokens)
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: temperature must be 0 or more "
             "and top_p greater than 0, at most 1"

@@ -100,6 +100,8 @@ class Mla(nnx.Module):
             q = jnp.concatenate([q_latent, rope], axis=-1)
         with jax.named_scope("mla_attention"):
             exact = exactness(q.dtype)
+            # Free positions may hold anything, NaN too, and 0 * NaN would spread.
+            cache = jnp.where(visible.any(axis=1)[..., None], cache, 0)
             scores = jnp.einsum(
                 "bthw,bsw->bhts", q, cache, precision=exact, preferred_element_type=jnp.float32
             ) * softmax_scale(self.config)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from dsjax.config import Model
 
 
+SMALLEST_SUM = 1e-12
+"""Least denominator of a normalisation; its square, which gradients divide by, is still a float."""
+
+
 class RouterBias(nnx.Variable):
     """V3's balancing bias: a type of its own keeps it from gradients, decay and the optimizer."""
 
@@ -80,7 +84,7 @@ def gate_weights(
     chosen = jax.nn.one_hot(experts_TK, config.experts, dtype=scores_TE.dtype)
     weights = jnp.einsum("tke,te->tk", chosen, scores_TE, precision=jax.lax.Precision.HIGHEST)
     if config.norm_topk:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), SMALLEST_SUM)
     return weights * config.route_scale
 
 
@@ -101,7 +105,8 @@ def router_stats(routing: Routing, batch: int) -> RouterStats:
     experts = routing.scores_TE.shape[-1]
     used = jax.nn.one_hot(routing.experts_TK, experts, dtype=jnp.float32).sum(axis=1)
     used_BE = used.reshape(batch, -1, experts).sum(axis=1)
-    share = routing.scores_TE / (routing.scores_TE.sum(axis=-1, keepdims=True) + 1e-20)
+    total = jnp.maximum(routing.scores_TE.sum(axis=-1, keepdims=True), SMALLEST_SUM)
+    share = routing.scores_TE / total
     share_BE = share.reshape(batch, -1, experts).mean(axis=1)
     even = experts / (k * (tokens // batch))
     load = used_BE.sum(axis=0)

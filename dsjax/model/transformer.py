@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax import nnx
 

@@ -38,7 +38,9 @@ class TrainProgress:
             figures += f"  MFU {values['mfu']:.1%}"
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._every == 0 or step == 1):
-            self._console.print(f"step {step}/{self._steps}  {figures}", highlight=False)
+            self._console.print(
+                f"step {step}/{self._steps}  {figures}", highlight=False, soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)

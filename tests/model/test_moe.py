@@ -100,7 +100,7 @@ def test_layer_adds_shared_experts_and_reports_its_load():
     x = jax.random.normal(jax.random.key(5), (2, 7, CONFIG.dim))
     out, stats = jax.jit(lambda moe, x: moe(x, local_experts))(moe, x)
     rows = np.asarray(x, np.float64).reshape(14, -1)
-    routing = moe.router(x.reshape(14, -1))
+    routing = jax.jit(lambda router, x: router(x))(moe.router, x.reshape(14, -1))
     expected, _ = by_loop(rows, routing.weights_TK, moe.experts.gate_up[...],
                           moe.experts.down[...], rows, routing.experts_TK.tolist())  # fmt: skip
     gate, up = np.split(rows @ np.asarray(moe.shared.gate_up[...], np.float64), 2, axis=1)

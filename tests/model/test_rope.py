@@ -16,8 +16,13 @@ V2_LITE = replace(V3, yarn=Yarn(mscale=0.707, mscale_all_dim=0.707))
 PLAIN = replace(CONFIG, qk_rope_dim=16)
 
 
-def turned(x: np.ndarray, positions: np.ndarray, config: Model = PLAIN) -> np.ndarray:
-    return np.asarray(rotate(jnp.asarray(x), rotation(config, jnp.asarray(positions))))
+@jax.jit
+def turn_by(x: jax.Array, positions: jax.Array) -> jax.Array:
+    return rotate(x, rotation(PLAIN, positions))
+
+
+def turned(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    return np.asarray(turn_by(x, positions))
 
 
 def random(*shape: int) -> np.ndarray:

@@ -26,6 +26,10 @@ CONFIGS = {
 }
 BIASES = {"none": (0.0, 0.0), "around zero": (0.0, 0.3), "below every affinity": (-2.0, 0.3)}
 
+select = jax.jit(select_experts, static_argnums=2)
+weigh = jax.jit(gate_weights, static_argnums=2)
+stats_of = jax.jit(router_stats, static_argnums=1)
+
 
 def affinities(config: Model, seed: int = 0) -> np.ndarray:
     logits = np.random.default_rng(seed).standard_normal((TOKENS, config.experts))
@@ -61,7 +65,7 @@ def chosen_by_loop(scores: np.ndarray, bias: np.ndarray, config: Model) -> set[i
 def test_selection_equals_the_loop(case, bias):
     config = CONFIGS[case]
     scores, bias = affinities(config), bias_of(config, bias)
-    found = np.asarray(select_experts(jnp.asarray(scores), jnp.asarray(bias), config))
+    found = np.asarray(select(jnp.asarray(scores), jnp.asarray(bias), config))
     assert found.shape == (TOKENS, config.top_k)
     for row, token in zip(found, scores, strict=True):
         assert set(row.tolist()) == chosen_by_loop(token, bias, config)
@@ -70,7 +74,7 @@ def test_selection_equals_the_loop(case, bias):
 @pytest.mark.parametrize("bias", BIASES)
 def test_no_token_reaches_more_groups_than_allowed(bias):
     config = replace(CONFIG, experts=16, groups=8, top_groups=3, top_k=6)
-    found = select_experts(jnp.asarray(affinities(config)), jnp.asarray(bias_of(config, bias)),
+    found = select(jnp.asarray(affinities(config)), jnp.asarray(bias_of(config, bias)),
                            config)  # fmt: skip
     groups = np.asarray(found) // 2
     assert max(len(set(row)) for row in groups.tolist()) == 3
@@ -80,15 +84,15 @@ def test_losing_groups_are_out_even_if_all_that_is_kept_is_negative():
     config = replace(CONFIG, groups=2, top_groups=1, top_k=4)
     scores = jnp.array([[0.5, 0.5, 0.5, 0.5, 0.9, 0.8, 0.1, 0.1]])
     bias = jnp.full((8,), -3.0)
-    assert set(select_experts(scores, bias, config)[0].tolist()) == {4, 5, 6, 7}
+    assert set(select(scores, bias, config)[0].tolist()) == {4, 5, 6, 7}
 
 
 def test_bias_has_no_say_in_v2s_selections():
     for selection in ("greedy", "group_limited_greedy"):
         config = replace(CONFIG, selection=selection)
         scores = jnp.asarray(affinities(config))
-        plain = select_experts(scores, jnp.zeros(8), config)
-        np.testing.assert_array_equal(select_experts(scores, jnp.arange(8.0), config), plain)
+        plain = select(scores, jnp.zeros(8), config)
+        np.testing.assert_array_equal(select(scores, jnp.arange(8.0), config), plain)
 
 
 def router(config: Model, bias: np.ndarray | None = None) -> Router:
@@ -134,13 +138,13 @@ def test_weights_are_normalised_if_the_model_does_so_and_scaled(norm_topk, route
     config = replace(CONFIG, norm_topk=norm_topk, route_scale=route_scale)
     scores = affinities(config)
     experts = np.argsort(scores, axis=1)[:, ::-1][:, :2]
-    found = gate_weights(jnp.asarray(scores), jnp.asarray(experts), config)
+    found = weigh(jnp.asarray(scores), jnp.asarray(experts), config)
     chosen = np.take_along_axis(scores, experts, axis=1)
     expected = chosen / chosen.sum(axis=1, keepdims=True) if norm_topk else chosen
     np.testing.assert_allclose(found, route_scale * expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("gate", "size"), [("softmax", 300.0), ("sigmoid", 5.0)])
+@pytest.mark.parametrize(("gate", "size"), [("softmax", 300.0), ("sigmoid", 300.0)])
 def test_all_logits_far_below_zero_give_no_nan(gate, size):
     module = router(replace(CONFIG, gate=gate))
     module.weight[...] = -jnp.abs(module.weight[...])
@@ -148,7 +152,7 @@ def test_all_logits_far_below_zero_give_no_nan(gate, size):
 
     def total(module: Router) -> tuple[jax.Array, Routing]:
         routing = module(x)
-        return routing.weights_TK.sum() + router_stats(routing, 4).sequence_aux, routing
+        return routing.weights_TK.sum() + stats_of(routing, 4).sequence_aux, routing
 
     grad, routing = jax.jit(jax.grad(total, has_aux=True))(module)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((grad, routing)))
@@ -173,8 +177,8 @@ def test_gradient_reaches_the_router_through_the_weights_but_never_the_bias():
 
 def random_routing(config: Model, batch: int, time: int) -> Routing:
     scores = affinities(config)[: batch * time]
-    experts = select_experts(jnp.asarray(scores), jnp.zeros(config.experts), config)
-    return Routing(experts, gate_weights(jnp.asarray(scores), experts, config), jnp.asarray(scores))
+    experts = select(jnp.asarray(scores), jnp.zeros(config.experts), config)
+    return Routing(experts, weigh(jnp.asarray(scores), experts, config), jnp.asarray(scores))
 
 
 def aux_by_formula(scores: np.ndarray, experts: np.ndarray, config: Model) -> float:
@@ -193,7 +197,7 @@ def test_auxiliary_losses_equal_the_formula(case):
     config, batch, time = CONFIGS[case], 4, 7
     routing = random_routing(config, batch, time)
     scores, experts = np.asarray(routing.scores_TE), np.asarray(routing.experts_TK)
-    found = router_stats(routing, batch)
+    found = stats_of(routing, batch)
     rows = [slice(start, start + time) for start in range(0, batch * time, time)]
     expected = np.mean([aux_by_formula(scores[row], experts[row], config) for row in rows])
     np.testing.assert_allclose(found.sequence_aux, expected, rtol=1e-5)
@@ -203,7 +207,7 @@ def test_auxiliary_losses_equal_the_formula(case):
 
 def test_load_counts_every_choice():
     routing = random_routing(CONFIG, 4, 7)
-    load = router_stats(routing, 4).load_E
+    load = stats_of(routing, 4).load_E
     assert load.sum() == 4 * 7 * CONFIG.top_k
     np.testing.assert_array_equal(
         load, np.bincount(np.asarray(routing.experts_TK).ravel(), minlength=8)
@@ -213,12 +217,12 @@ def test_load_counts_every_choice():
 def test_auxiliary_losses_of_perfectly_even_routing_are_one():
     experts = jnp.arange(16).reshape(8, 2) % 8
     routing = Routing(experts, jnp.ones((8, 2)), jnp.full((8, 8), 0.3))
-    stats = router_stats(routing, 2)
+    stats = stats_of(routing, 2)
     np.testing.assert_allclose((stats.sequence_aux, stats.batch_aux), 1.0, rtol=1e-6)
 
 
 def test_of_one_sequence_both_auxiliary_losses_are_equal():
-    stats = router_stats(random_routing(CONFIG, 1, 30), 1)
+    stats = stats_of(random_routing(CONFIG, 1, 30), 1)
     np.testing.assert_allclose(stats.batch_aux, stats.sequence_aux, rtol=1e-6)
 
 
@@ -228,8 +232,8 @@ def test_auxiliary_loss_pulls_overloaded_experts_down():
     def aux(bias_like: jax.Array) -> jax.Array:
         routing = module(tokens())
         shifted = routing.scores_TE * jnp.exp(bias_like)
-        return router_stats(routing._replace(scores_TE=shifted), 1).sequence_aux
+        return stats_of(routing._replace(scores_TE=shifted), 1).sequence_aux
 
-    load = router_stats(route(module, tokens()), 1).load_E
+    load = stats_of(route(module, tokens()), 1).load_E
     grad = jax.jit(jax.grad(aux))(jnp.zeros(8))
     assert grad[load.argmax()] > 0 > grad[load.argmin()]

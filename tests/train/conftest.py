@@ -66,6 +66,20 @@ def make_run(corpus: Path, **sections: object) -> Run:
     return replace(run, **changed)
 
 
+def draw_state(run: Run, seed: int = 2) -> TrainState:
+    """A state before the first step, drawn by numpy: random generators are slow to compile."""
+    shapes = jax.eval_shape(lambda: initial_state(run))
+    generator = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if "norm" in jax.tree_util.keystr(path):
+            return np.ones(leaf.shape, leaf.dtype)
+        return (0.1 * generator.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return zeros._replace(params=jax.tree_util.tree_map_with_path(draw, shapes.params))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation() -> Iterator[None]:
     """Programs that run for milliseconds are not worth optimising."""
@@ -101,23 +115,20 @@ def on_one_device(monkeypatch: pytest.MonkeyPatch, step_cache: SimpleNamespace) 
 
 @pytest.fixture(scope="session")
 def step_cache() -> SimpleNamespace:
-    return SimpleNamespace(build=functools.cache(runtime.build_step))
+    return SimpleNamespace(build=shared_steps())
+
+
+def shared_steps() -> Callable:
+    """`build_step` that returns the same compiled step for runs that differ in name only."""
+    build = functools.cache(runtime.build_step)
+    return lambda run, placement: build(replace(run, name="any"), placement)
 
 
 @pytest.fixture(scope="session")
 def fresh_state(tiny_run: Callable[..., Run]) -> Callable[[], TrainState]:
-    """Makes the tiny run's state before a step, drawn by numpy so that nothing is compiled."""
-    shapes = jax.eval_shape(lambda: initial_state(tiny_run()))
-    generator = np.random.default_rng(0)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if "norm" in jax.tree_util.keystr(path):
-            return np.ones(leaf.shape, leaf.dtype)
-        return (0.1 * generator.standard_normal(leaf.shape)).astype(leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(draw, shapes.params)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return lambda: jax.tree.map(jnp.array, zeros._replace(params=params))
+    """Makes the tiny run's state before a step, to be consumed by it."""
+    drawn = draw_state(tiny_run())
+    return lambda: jax.tree.map(jnp.array, drawn)
 
 
 @pytest.fixture(scope="session")

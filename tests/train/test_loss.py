@@ -1,7 +1,6 @@
 """The loss in slices, the alignment of MTP, and what passes gradients."""
 
 import functools
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -14,13 +13,16 @@ from dsjax.config import Balance
 from dsjax.model import RouterBias, Transformer
 from dsjax.train import loss
 from dsjax.train.loss import Losses, losses, negative_log_likelihood, objective
-from dsjax.train.step import initial_state
+from dsjax.train.step import initial_state, model_of
+from tests.train.conftest import draw_state
 
 D, P, B, T = 6, 11, 2, 12
 
 
 def head_model(head: jax.Array) -> SimpleNamespace:
-    return SimpleNamespace(logits=lambda hidden: hidden @ head, config=SimpleNamespace(vocab_size=P))
+    return SimpleNamespace(
+        logits=lambda hidden: hidden @ head, config=SimpleNamespace(vocab_size=P)
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, B * P * 5, B * P * 6])
@@ -114,18 +116,26 @@ def test_mean_of_mtp_leaves_out_what_wraps_around():
 
 @pytest.fixture(scope="module")
 def model(tiny_run) -> Transformer:
-    config = replace(tiny_run().model, layers=1, dense_layers=0)
-    return Transformer(config, rngs=nnx.Rngs(0))
+    run = tiny_run(model={"layers": 1})
+    state = jax.tree.map(jnp.asarray, draw_state(run))
+    return model_of(run, state.params, state.bias)
 
 
 def test_mtp_loss_equals_its_recomputation_from_the_models_parts(model):
     sequences = jax.random.randint(jax.random.key(1), (2, 10), 0, model.config.vocab_size)
-    hidden, _ = model.hidden(sequences[:, :-1])
-    # Eight places know both the token one later and the token two later.
-    (state,), _ = model.predict_further(hidden, sequences[None, :, 1:])
-    chances = jax.nn.log_softmax(model.logits(state))[:, :8]
-    expected = -jnp.take_along_axis(chances, sequences[:, 2:, None], axis=-1).mean()
-    np.testing.assert_allclose(losses(model, sequences).mtp, expected, rtol=1e-5)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def both(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, state)
+        hidden, _ = model.hidden(sequences[:, :-1])
+        # Eight places know both the token one later and the token two later.
+        (further,), _ = model.predict_further(hidden, sequences[None, :, 1:])
+        chances = jax.nn.log_softmax(model.logits(further))[:, :8]
+        expected = -jnp.take_along_axis(chances, sequences[:, 2:, None], axis=-1).mean()
+        return losses(model, sequences).mtp, expected
+
+    np.testing.assert_allclose(*both(state), rtol=1e-5)
 
 
 def test_objective_weighs_its_parts():

@@ -1,0 +1,167 @@
+"""The same run on one device and on every mesh of eight; what is divided, and what is refused."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.checkpoint import CheckpointStore
+from dsjax.config import Mesh, Run
+from dsjax.parallel import build_mesh, state_shardings
+from dsjax.parallel.sharding import SMALL, fsdp_spec
+from dsjax.train.runtime import Runtime, load_corpus
+from dsjax.train.step import TrainState, build_step
+from tests.train.conftest import draw_state, make_run, quick_compilation, write_text
+
+__all__ = ["quick_compilation"]
+
+STEPS = 5
+MESHES = {"1x8": Mesh(1, 8), "8x1": Mesh(8, 1), "2x4": Mesh(2, 4)}
+SLOW = pytest.param("8x1", marks=pytest.mark.slow)
+NAMES = ["1x8", "2x4", SLOW]
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Run:
+    run = make_run(write_text(tmp_path_factory.mktemp("corpus") / "words.txt"))
+    return replace(run, model=replace(run.model, dense_layers=1))
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny) -> TrainState:
+    """A state before the first step, on the host."""
+    return draw_state(tiny)
+
+
+class Ran:
+    """A run of a few steps on a mesh."""
+
+    def __init__(self, run: Run, drawn: TrainState):
+        self.runtime = Runtime(run, load_corpus(run))
+        state = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), drawn, self.runtime.abstract
+        )
+        self.losses = []
+        for n in range(STEPS):
+            state, metrics = self.runtime.step(state, self.runtime.stream.batch(n))
+            self.losses.append([float(metrics[name]) for name in ("loss", "mtp_loss", "max_vio")])
+        self.state = state
+
+
+@pytest.fixture(scope="module")
+def on(tiny, drawn) -> Callable[[str], Ran]:
+    """The run on a mesh, by its name; worked out once."""
+    return functools.cache(lambda name: Ran(replace(tiny, mesh=MESHES[name]), drawn))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, drawn) -> tuple[list, TrainState]:
+    """Losses and state after the same steps on a single device, without any mesh."""
+    step, state = build_step(tiny), jax.tree.map(jnp.array, drawn)
+    stream, losses = Runtime(tiny, load_corpus(tiny)).stream, []
+    for n in range(STEPS):
+        state, metrics = step(state, stream.batch(n)[None], jnp.int32(1))
+        losses.append([float(metrics[name]) for name in ("loss", "mtp_loss", "max_vio")])
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {1}
+    return losses, state
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_losses_are_those_of_a_single_device(mesh, on, alone):
+    np.testing.assert_allclose(on(mesh).losses, alone[0], rtol=1e-5)
+    assert on(mesh).losses[-1][0] < on(mesh).losses[0][0]
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_router_biases_are_those_of_a_single_device(mesh, on, alone):
+    for left, right in zip(
+        jax.tree.leaves(on(mesh).state.bias), jax.tree.leaves(alone[1].bias), strict=True
+    ):
+        assert np.asarray(left).any()
+        np.testing.assert_allclose(left, right, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [("1x8", 8), ("2x4", 4), pytest.param("8x1", 1, marks=pytest.mark.slow)]
+)
+def test_parameters_and_moments_are_divided_and_stay_so(mesh, parts, on):
+    state, divided = on(mesh).state, 0
+    moments = next(part for part in state.optimizer if hasattr(part, "mu"))
+    for tree in (state.params, moments.mu, moments.nu):
+        for leaf in jax.tree.leaves(tree):
+            shard = leaf.addressable_shards[0].data.size
+            assert shard in (leaf.size, leaf.size // parts)
+            divided += shard < leaf.size
+            assert shard < leaf.size or leaf.size < 2 * SMALL or parts == 1
+    assert divided >= (3 * 5 if parts > 1 else 0)
+    # 300 divides by 4 and not by 8.
+    shape = {1: (300, 32), 4: (75, 32), 8: (300, 4)}[parts]
+    assert state.params["embed"].addressable_shards[0].data.shape == shape
+
+
+@pytest.mark.parametrize("mesh", NAMES)
+def test_every_array_keeps_its_sharding_so_the_step_compiles_once(mesh, on):
+    ran = on(mesh)
+    for leaf, like in zip(
+        jax.tree.leaves(ran.state), jax.tree.leaves(ran.runtime.abstract), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+    assert ran.runtime._step._cache_size() == 1
+
+
+def test_layers_of_a_stack_are_never_divided():
+    assert fsdp_spec((8, 16, 24), 8, stacked=True) == jax.P(None, None, "fsdp")
+    assert fsdp_spec((64, 16, 9), 8, stacked=True) == jax.P(None, "fsdp")
+    assert fsdp_spec((64, 16, 9), 8, stacked=False) == jax.P("fsdp")
+
+
+def test_small_and_odd_arrays_are_replicated():
+    assert fsdp_spec((8, 8), 8, stacked=False) == jax.P()
+    assert fsdp_spec((63, 65), 8, stacked=False) == jax.P()
+    assert fsdp_spec((64, 64), 1, stacked=False) == jax.P()
+
+
+def test_published_model_is_divided_by_layer_contents():
+    shape = jax.ShapeDtypeStruct((58, 256, 7168, 4096), jnp.float32)
+    tree = {"moe": {"mlp": {"experts": {"gate_up": shape}}}}
+    (sharding,) = jax.tree.leaves(state_shardings(tree, build_mesh(Mesh(1, 8))))
+    assert sharding.shard_shape(shape.shape) == (58, 256, 7168 // 8, 4096)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(3, -1), Mesh(2, 2), Mesh(16, -1), Mesh(8, 2)])
+def test_mesh_that_does_not_fit_names_its_axes_and_the_devices(mesh):
+    with pytest.raises(ValueError, match=rf"data={mesh.data}, fsdp={mesh.fsdp} .* 8 devices"):
+        build_mesh(mesh)
+
+
+def test_mesh_takes_what_is_left():
+    assert dict(build_mesh(Mesh(2, -1)).shape) == {"data": 2, "fsdp": 4}
+    assert dict(build_mesh(Mesh(-1, 2)).shape) == {"data": 4, "fsdp": 2}
+    assert build_mesh(Mesh(), devices=1).size == 1
+
+
+@pytest.mark.parametrize(("batch", "parts", "micro"), [(12, 1, 12), (16, 4, 4)])
+def test_batch_that_does_not_divide_names_the_numbers(tiny, batch, parts, micro):
+    run = replace(tiny, train=replace(tiny.train, batch=batch, micro_batches=parts))
+    message = rf"micro-batch of {micro} .*batch={batch}, micro_batches={parts}.* 8 devices"
+    with pytest.raises(ValueError, match=message):
+        Runtime(run, load_corpus(run))
+
+
+def test_checkpoint_of_one_mesh_is_restored_onto_another(on, tiny, tmp_path):
+    saved = on("1x8").state
+    with CheckpointStore(tmp_path) as store:
+        store.save(STEPS, saved._asdict(), {})
+        store.wait()
+        like = Runtime(replace(tiny, mesh=MESHES["2x4"]), load_corpus(tiny)).abstract
+        restored = TrainState(**store.restore(like._asdict()).state)
+    for old, new, wanted in zip(*map(jax.tree.leaves, (saved, restored, like)), strict=True):
+        assert new.sharding.is_equivalent_to(wanted.sharding, new.ndim)
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+    assert restored.params["embed"].addressable_shards[0].data.shape == (75, 32)
