@@ -41,8 +41,11 @@ def load_recipe(path: Path) -> Run:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file: recipes are functions `recipe() -> Run`")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run = module.recipe() if hasattr(module, "recipe") else None
+    try:
+        spec.loader.exec_module(module)
+        run = module.recipe() if hasattr(module, "recipe") else None
+    except Exception as problem:  # whatever a user's file may raise
+        raise ValueError(f"{path} cannot be used: {type(problem).__name__}: {problem}") from problem
     if not isinstance(run, Run):
         raise ValueError(f"{path} has no function recipe() that returns a dsjax.config.Run")
     return run
@@ -187,7 +190,8 @@ def load_model(folder: Path, dtype: str):
     if (folder / "config.json").is_file():
         from dsjax.hf import from_pretrained
 
-        return from_pretrained(folder, dtype=dtype), load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder))
+        return from_pretrained(folder, dtype=dtype), tokenizer
     from dsjax.train.restore import load_run
 
     return load_run(folder)
@@ -220,8 +224,8 @@ def convert_command(arguments: list[str]) -> int:
     else:
         from dsjax.train.restore import load_run
 
-        model, tokenizer = load_run(command.source)
-        tokenizer_from = getattr(tokenizer, "path", None)
+        model, _ = load_run(command.source)
+        tokenizer_from = command.source if (command.source / "tokenizer.json").is_file() else None
         dtype = dtype or "bfloat16"
     save_pretrained(model, command.target, dtype=dtype, tokenizer_from=tokenizer_from)
     say(f"wrote {command.target}")
@@ -309,9 +313,10 @@ def tokenize_command(arguments: list[str]) -> int:
 class CompareCommand:
     """Train several recipes and draw their held-out loss against MaxVio_global."""
 
-    recipes: tyro.conf.Positional[tuple[Path, ...]] = (
-        HERE / "configs" / "balance_bias.py", HERE / "configs" / "balance_aux.py",
-    )  # fmt: skip
+    recipes: tyro.conf.Positional[tuple[Path, ...]] = tuple(
+        HERE / "configs" / f"{name}.py"
+        for name in ("balance_bias", "balance_aux", "balance_aux_strong")
+    )
     out: Path = RUNS / "compare"
     steps: int | None = None
     """Fewer or more steps than the recipes have."""

@@ -85,6 +85,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         self._json, self._text = _open(Path(path))
+        self.path = Path(path)
         if not isinstance(self._text.decoder, decoders.ByteLevel):
             raise ValueError(f"{path}: its decoder is not ByteLevel; give a byte-level BPE")
         self.vocab_size = max(self._text.get_vocab().values(), default=-1) + 1

@@ -162,7 +162,7 @@ def plan_shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
 
 def _copy_tokenizer(source: Path, target: Path) -> list[str]:
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
+    if not found and not (source / CONFIG).is_file():
         raise ValueError(f"{source}: no tokenizer here, expected one of {TOKENIZER_FILES}")
     for name in found:
         shutil.copyfile(source / name, target / name)

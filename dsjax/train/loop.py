@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from dsjax.checkpoint import CheckpointStore
 from dsjax.config import Run
-from dsjax.data import held_out_text
+from dsjax.data import JsonTokenizer, held_out_text
 from dsjax.model.sizes import training_work
 from dsjax.train.console import TrainProgress
 from dsjax.train.evaluate import Evaluation
@@ -26,6 +27,7 @@ from dsjax.train.step import TrainState
 from dsjax.train.stop import StopRequest
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def train(run: Run, out: Path, *, resume: bool = False, console: Console | None 
     with CheckpointStore(out / CHECKPOINTS, keep=run.train.keep) as store, StopRequest() as stop:
         if store.steps() and not resume:
             raise ValueError(f"{out} already holds a run: add --resume, or choose another --out")
+        if isinstance(runtime.corpus.tokenizer, JsonTokenizer) and not (out / TOKENIZER).exists():
+            shutil.copyfile(runtime.corpus.tokenizer.path, out / TOKENIZER)
         session = _Session(runtime, out, store, stop, console or Console())
         return session.run_to_end()
 
@@ -163,8 +167,7 @@ class _Session:
         """Fresh state, or that of the newest good checkpoint."""
         if not self.store.steps():
             return self.runtime.initial(), 0
-        restored = self.store.restore(self.runtime.abstract._asdict())
-        notes = restored.meta
+        _, notes = self.store.read_meta()
         if changed := differences(notes["run"], as_notes(self.run)):
             raise ValueError(
                 f"{self.out} was started with other settings ({'; '.join(changed)}): resume it "
@@ -175,6 +178,7 @@ class _Session:
                 f"the corpus has changed since {self.out} was started: bring the same "
                 "text back, or choose another --out"
             )
+        restored = self.store.restore(self.runtime.abstract._asdict())
         for step, problems in restored.skipped.items():
             console.print(f"checkpoint {step} is damaged and was passed over: {problems[0]}")
         console.print(f"resuming after step {restored.step}", highlight=False)

@@ -32,11 +32,15 @@ class MetricsLog:
     def __init__(self, folder: Path, start: int):
         path = folder / JSONL
         kept = [line for line in read_lines(path) if line["step"] <= start] if start else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._written = {(line["kind"], line["step"]) for line in kept}
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One record; what an earlier part of the run has written already stays as it is."""
+        if (kind, step) in self._written:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -45,6 +49,13 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

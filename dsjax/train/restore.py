@@ -9,7 +9,7 @@ import jax
 from dsjax.checkpoint import CheckpointStore
 from dsjax.data import Tokenizer, load_tokenizer
 from dsjax.model import Transformer
-from dsjax.train.loop import CHECKPOINTS
+from dsjax.train.loop import CHECKPOINTS, TOKENIZER
 from dsjax.train.notes import from_notes
 from dsjax.train.step import TrainState, initial_state, model_of
 
@@ -29,4 +29,6 @@ def load_run(folder: Path, step: int | None = None) -> tuple[Transformer, Tokeni
         run = from_notes(notes["run"])
         like = jax.eval_shape(lambda: initial_state(run))
         state = TrainState(**store.restore(like._asdict(), step).state)
-    return model_of(run, state.params, state.bias), load_tokenizer(run.data.tokenizer)
+    own = folder / TOKENIZER
+    tokenizer = load_tokenizer(str(own) if own.is_file() else run.data.tokenizer)
+    return model_of(run, state.params, state.bias), tokenizer
