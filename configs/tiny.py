@@ -2,8 +2,8 @@
 
     python3 -m uv run run.py train configs/tiny.py
 
-Two CPU cores: about TINY_TIME, compiled programs cached; ends at TINY_BPB held-out bits per byte
-and MaxVio_global TINY_VIO.
+Two CPU cores: 133 s in all with compiled programs cached; ends at 2.157 held-out bits per
+byte and MaxVio_global 0.11.
 """
 
 from dsjax.config import Balance, Data, Model, Optimizer, Run, Train

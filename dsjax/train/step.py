@@ -103,7 +103,7 @@ def build_step(
             "mtp_loss": parts.mtp,
             "sequence_aux": parts.sequence_aux,
             "batch_aux": parts.batch_aux,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step),
             "max_vio": violation.mean() if violation.size else jnp.zeros(()),
             "max_vio_layers": violation,
