@@ -210,7 +210,7 @@ class ConvertCommand:
 
     source: tyro.conf.Positional[Path]
     target: tyro.conf.Positional[Path]
-    dtype: Literal["keep", "bfloat16", "float32"] = "keep"
+    dtype: Literal["keep", "bfloat16", "float32", "fp8"] = "keep"
 
 
 def convert_command(arguments: list[str]) -> int:
@@ -235,7 +235,8 @@ def convert_command(arguments: list[str]) -> int:
 def load_published(folder: Path, dtype: str):
     from dsjax.hf import from_pretrained, stored_dtype
 
-    return from_pretrained(folder, dtype=stored_dtype(folder) if dtype == "keep" else dtype)
+    own = dtype in ("keep", "fp8")
+    return from_pretrained(folder, dtype=stored_dtype(folder) if own else dtype)
 
 
 # --- info ----------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-"""A 60M-parameter V3 on bytes of Python's standard library, for one card and a few minutes.
+"""A 56M-parameter V3 on bytes of Python's standard library, for one card and a few minutes.
 
-python3 -m uv run --extra gpu run.py train configs/h200_small.py
+    python3 -m uv run --extra gpu run.py train configs/h200_small.py
+
+One H200: 766,000 tokens/s, two minutes of steps; 0.960 held-out bits per byte at step 750, 0.990 at
+the end, where `xz -9` needs 1.611.
 """
 
 from dsjax.config import Data, Model, Optimizer, Run, Train

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import is_gpu
+from pallas_kernels.device import compute_capability
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 QUERY_BLOCK = 512
-CUDNN_WIDTH = 256
+CUDNN_WIDTHS = {9.0: 256, 8.0: 128}
+"""Widest heads of cuDNN's forward and backward, by the least compute capability."""
 
 
 def causal_attention(
@@ -39,14 +40,16 @@ def causal_attention(
     if backend not in ("auto", "cudnn", "reference"):
         raise ValueError(f"backend is {backend!r}: use auto, cudnn or reference")
     if backend == "auto":
-        backend = "cudnn" if is_gpu() and _cudnn_takes(q, v) else "reference"
+        backend = "cudnn" if _cudnn_takes(q, v) else "reference"
     return (_cudnn if backend == "cudnn" else _reference)(q, k, v, scale)
 
 
 def _cudnn_takes(q: Float[Array, "b t h q"], v: Float[Array, "b t h v"]) -> bool:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     widest = max(q.shape[-1], v.shape[-1])
-    return half and q.shape[-1] >= v.shape[-1] and widest <= CUDNN_WIDTH and widest % 8 == 0
+    card = compute_capability()
+    limit = next((width for least, width in CUDNN_WIDTHS.items() if card >= least), 0)
+    return half and q.shape[-1] >= v.shape[-1] and widest <= limit and widest % 8 == 0
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:

@@ -7,6 +7,12 @@ def is_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def compute_capability() -> float:
+    """That of the first GPU, 9.0 for Hopper; 0 where there is none."""
+    found = getattr(jax.devices()[0], "compute_capability", None) if is_gpu() else None
+    return float(found) if found else 0.0
+
+
 def is_hopper() -> bool:
     """Compute capability 9.0: the cards that have WGMMA and TMA as these kernels use them."""
-    return is_gpu() and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+    return compute_capability() == 9.0

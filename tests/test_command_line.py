@@ -376,3 +376,11 @@ def test_default_folder_is_the_next_free_one_or_the_last_to_resume(tmp_path, mon
     (tmp_path / "tiny-2").mkdir()
     assert run.default_folder("tiny", resume=False) == tmp_path / "tiny-3"
     assert run.default_folder("tiny", resume=True) == tmp_path / "tiny-2"
+
+
+def test_convert_to_fp8_loads(works, tmp_path):
+    works("convert", GOLDEN / "v3_tiny", tmp_path / "out", "--dtype", "fp8")
+    assert Folder(tmp_path / "out").spec("model.layers.1.self_attn.o_proj.weight").dtype == (
+        Folder(GOLDEN / "v3_tiny_fp8").spec("model.layers.1.self_attn.o_proj.weight").dtype
+    )
+    assert hasattr(from_pretrained(tmp_path / "out"), "fp8_scales")
