@@ -11,33 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import Balance, Data, Model, Mtp, Optimizer, Run, Train
+from dsjax.config import Balance, Data, Mtp, Optimizer, Run, Train
 from dsjax.parallel import build_mesh
 from dsjax.train import runtime
 from dsjax.train.step import TrainState, initial_state
+from tests.tiny import CONFIG
 
-MODEL = Model(
-    vocab_size=300,
-    dim=32,
-    layers=2,
-    dense_layers=0,
-    heads=2,
-    q_lora_rank=None,
-    kv_lora_rank=16,
-    qk_nope_dim=8,
-    qk_rope_dim=4,
-    v_dim=8,
-    dense_hidden=48,
-    expert_hidden=16,
-    experts=4,
-    top_k=2,
-    groups=1,
-    top_groups=1,
-    context=128,
-    yarn=None,
-    init_std=0.1,
-    mtp_depth=1,
-)
+MODEL = replace(
+    CONFIG, vocab_size=300, layers=2, dense_layers=0, experts=4, groups=1, top_groups=1,
+    init_std=0.1, mtp_depth=1,
+)  # fmt: skip
 
 
 def write_text(path: Path, seed: int = 0) -> Path:
