@@ -42,6 +42,7 @@ def randomise(module: nnx.Module, seed: int = 0) -> nnx.Module:
     for path, leaf in nnx.to_flat_state(state):
         values = generator.standard_normal(leaf.shape)
         if isinstance(leaf, RouterBias):
+            # Mostly negative affinities: groups masked with 0 instead of -inf would win.
             values = 0.2 * values - 0.7
         elif "norm" in str(path[-1]):
             values = 1 + 0.3 * values

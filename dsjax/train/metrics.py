@@ -19,6 +19,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 STEPS_BEHIND = 2
+WINDOW = 10
 JSONL = "metrics.jsonl"
 
 
@@ -69,15 +70,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Pending:
-    """Metrics of dispatched steps, handed out as numbers a few steps later."""
+    """Metrics of dispatched steps, handed out as numbers a few steps later.
+
+    Times are means over the last `WINDOW` steps: one step's own would tell when the host looked,
+    not when the device was done.
+    """
 
     def __init__(self) -> None:
         self._queue: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
-        self._last = time.perf_counter()
+        self._compiled = False
+        self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what was not the step's."""
-        self._last = time.perf_counter()
+        """Leave out of the coming steps' times what was not theirs."""
+        self._seen = deque([(time.perf_counter(), 0)], maxlen=WINDOW + 1)
 
     def add(self, step: int, tokens: int, metrics: dict[str, jax.Array]) -> None:
         self._queue.append((step, tokens, metrics))
@@ -87,11 +93,16 @@ class Pending:
         while len(self._queue) > behind:
             step, tokens, arrays = self._queue.popleft()
             values = {name: np.asarray(value).tolist() for name, value in arrays.items()}
-            now = time.perf_counter()
-            values["step_seconds"] = now - self._last
-            values["tokens_per_second"] = tokens / (now - self._last)
-            self._last = now
-            yield step, values
+            yield step, values | {"tokens": tokens} | self._times(tokens)
             for name in ("loss", "mtp_loss", "grad_norm"):
                 if not math.isfinite(values[name]):
                     raise Diverged(f"{name} is {values[name]} at step {step}")
+
+    def _times(self, tokens: int) -> dict[str, float]:
+        self._seen.append((time.perf_counter(), tokens))
+        seconds = self._seen[-1][0] - self._seen[0][0]
+        steps, total = len(self._seen) - 1, sum(count for _, count in list(self._seen)[1:])
+        if not self._compiled:  # the first step waits for the compiler
+            self._compiled = True
+            self.restart_clock()
+        return {"step_seconds": seconds / steps, "tokens_per_second": total / seconds}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 from dsjax.config import Model, Yarn
 from dsjax.hf.folder import Folder
-from dsjax.model import RouterBias, Transformer
+from dsjax.model import Transformer
+from tests.tiny import randomise
 
 TINY = Model(
     vocab_size=96,
@@ -48,31 +48,16 @@ def tiny() -> Model:
     return TINY
 
 
-def _draw(path: tuple, leaf: nnx.Variable, generator: np.random.Generator) -> nnx.Variable:
-    drawn = generator.standard_normal(leaf.shape)
-    if isinstance(leaf, RouterBias):
-        # Mostly negative affinities: groups masked with 0 instead of -inf would win.
-        drawn = 0.2 * drawn - 0.7
-    elif "norm" in str(path[-1]):
-        drawn = 1 + 0.3 * drawn
-    else:
-        drawn = TINY.init_std * drawn
-    return leaf.replace(jnp.asarray(drawn, leaf.dtype))
-
-
 @pytest.fixture
 def random_model() -> Callable[..., Transformer]:
     """Builds a random tiny model, given changes of the config; norms and biases are random too."""
 
     def build(seed: int = 0, dtype: str = "float32", **changes: object) -> Transformer:
         config = replace(TINY, **changes)
-        generator = np.random.default_rng(seed)
         abstract = nnx.eval_shape(
             lambda: Transformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))
         )
-        graph, state = nnx.split(abstract)
-        drawn = [(path, _draw(path, leaf, generator)) for path, leaf in nnx.to_flat_state(state)]
-        return nnx.merge(graph, nnx.from_flat_state(drawn))
+        return randomise(abstract, seed)
 
     return build
 

@@ -1,5 +1,7 @@
 """Causal attention against a plain float64 softmax, over block borders and odd lengths."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,19 @@ def test_refuses():
         causal_attention(q, k[:, :3], v, scale=1.0)
     with pytest.raises(ValueError, match="backend is 'flash'"):
         causal_attention(q, k, v, scale=1.0, backend="flash")
+
+
+@pytest.mark.parametrize(
+    ("card", "qk", "width", "takes"),
+    [(9.0, 192, 128, True), (8.9, 192, 128, False), (8.0, 96, 64, True), (7.5, 96, 64, False),
+     (9.0, 64, 128, False), (0.0, 96, 64, False)],
+)  # fmt: skip
+def test_cudnn_is_chosen_where_the_card_takes_the_width(monkeypatch, card, qk, width, takes):
+    module = sys.modules[causal_attention.__module__]
+    monkeypatch.setattr(module, "compute_capability", lambda: card)
+    q, _, v, _ = inputs(8, qk=qk, width=width, dtype=jnp.bfloat16)
+    assert module._cudnn_takes(q, v) is takes
+    assert not module._cudnn_takes(q.astype(jnp.float32), v)
 
 
 @pytest.mark.gpu
