@@ -1,0 +1,55 @@
+"""Which module multiplies, and what its products say to differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Literal, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.device import is_hopper
+
+Backend = Literal["auto", "mosaic_gpu", "reference"]
+BACKENDS = ("auto", "mosaic_gpu", "reference")
+
+
+def products(backend: Backend) -> ModuleType:
+    """`sm90_gemm` or `gemm_reference`: they hold functions of the same names and arguments."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "mosaic_gpu" or (backend == "auto" and is_hopper()):
+        from pallas_kernels import sm90_gemm as module
+    else:
+        from pallas_kernels import gemm_reference as module
+    return module
+
+
+def multiply(
+    name: str,
+    instead: str,
+    product: Callable[..., jax.Array],
+    *operands: jax.Array | None,
+    shape: tuple[int, ...],
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """`product(*operands, out_dtype)`, zeros of that shape where an operand is empty.
+
+    TypeError where JAX would differentiate it: else the reference had gradients that the kernels
+    lack. A product without an `out_dtype` gives float32.
+    """
+    if not all(x.size for x in operands if x is not None):
+        return jnp.zeros(shape, out_dtype or jnp.float32)
+    static = () if out_dtype is None else (out_dtype,)
+
+    @jax.custom_jvp
+    def guarded(*operands: jax.Array | None) -> jax.Array:
+        return product(*operands, *static)
+
+    @guarded.defjvp
+    def refuse(primals: tuple, tangents: tuple) -> NoReturn:
+        raise TypeError(f"{name} is not differentiable: use {instead}")
+
+    return guarded(*operands)

@@ -1,0 +1,267 @@
+"""Quantisation along columns on Hopper, with the transposed output that weight gradients need.
+
+The walk over 128 x 128 tiles is that of `sm90_quantize`. Here a thread holds one column of a tile:
+it reads it from shared memory element by element, beside its neighbours, finds the largest
+magnitude without asking them, and writes a row of the transposed tile, 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.quantize import TILE, padded_rows, tile_scale
+from pallas_kernels.sm90_quantize import (
+    LINE,
+    STAGE_BYTES,
+    Scalar,
+    keep_row_major,
+    launch,
+    pieces,
+    quantize_rows,
+    rows_layout,
+    stages_of,
+    store_line,
+    stream,
+)
+
+COLUMN = plgpu.Layout.TCGEN05_TMEM_NATIVE  # of [128, 128]: a row a thread, in pieces of that size
+FLOATS_A_ROW = 4  # TMA: rows of float32 are a whole number of 16 bytes
+Place = tuple[Scalar, Scalar, Scalar, Scalar]
+"""Tile of 128 rows in the transposed form, tile of columns, its first row, how many are its own."""
+Cursor = tuple[Scalar, ...]
+"""A group, its size, the tiles and rows before it; nothing without groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The tiles of x [m, k], in the order of the transposed form."""
+
+    m: int
+    k: int
+    groups: int
+
+    @property
+    def cols(self) -> int:
+        return ceil_div(self.k, TILE)
+
+    @property
+    def rows(self) -> int:
+        return padded_rows(self.m, self.groups)
+
+    @property
+    def units(self) -> int:
+        return self.rows // TILE * self.cols
+
+    @property
+    def transposed(self) -> list[jax.ShapeDtypeStruct]:
+        """q_t, and scale_t with its rows and columns exchanged."""
+        scale = (self.rows // TILE, self.k)
+        return [
+            jax.ShapeDtypeStruct((self.k, self.rows), E4M3),
+            jax.ShapeDtypeStruct(scale, jnp.float32),
+        ]
+
+    def first(self, sizes_ref: Any) -> Cursor:
+        zero = jnp.int32(0)
+        return (zero, sizes_ref[0], zero, zero) if self.groups else ()
+
+    def locate(self, unit: Scalar, cursor: Cursor, sizes_ref: Any) -> tuple[Place, Cursor]:
+        tile, col = lax.div(unit, jnp.int32(self.cols)), lax.rem(unit, jnp.int32(self.cols))
+        if not self.groups:
+            start, end = tile * TILE, jnp.int32(self.m)
+        else:
+            start, end, cursor = self._in_group(tile, cursor, sizes_ref)
+        rows = lax.min(end, jnp.int32(self.m)) - start
+        return (tile, col, start, lax.clamp(jnp.int32(0), rows, jnp.int32(TILE))), cursor
+
+    def _in_group(
+        self, tile: Scalar, cursor: Cursor, sizes_ref: Any
+    ) -> tuple[Scalar, Scalar, Cursor]:
+        """First row of the tile, end of its group, and the cursor moved to that group.
+
+        Tiles behind the last group have no rows: they start at m, where TMA reads zeros.
+        """
+
+        def tiles_to(cursor: Cursor) -> Scalar:
+            _, size, tiles, _ = cursor
+            return tiles + lax.div(size + TILE - 1, jnp.int32(TILE))
+
+        def behind(cursor: Cursor) -> Scalar:
+            return (cursor[0] < self.groups) & (tiles_to(cursor) <= tile)
+
+        def skip(cursor: Cursor) -> Cursor:
+            group, size, _, rows = cursor
+            following = sizes_ref[lax.min(group + 1, self.groups - 1)]
+            return group + 1, following, tiles_to(cursor), rows + size
+
+        group, size, tiles, rows = cursor = lax.while_loop(behind, skip, cursor)
+        outside = group == self.groups
+        start = lax.select(outside, jnp.int32(self.m), rows + (tile - tiles) * TILE)
+        return start, lax.select(outside, jnp.int32(self.m), rows + size), cursor
+
+
+def both(
+    x: jax.Array, sizes: jax.Array | None, *, power_of_two: bool, sms: int | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """`quantize_both` of x [M, K], K % 16 == 0."""
+    walk = Walk(*x.shape, 0 if sizes is None else sizes.shape[0])
+    layout = rows_layout(x.dtype)
+    stages = stages_of(x.dtype.itemsize, STAGE_BYTES)
+
+    def body(x_ref, *refs, x_s, q_s, q_t_s, line_s, full):
+        *sizes_ref, q_ref, scale_ref, q_t_ref, scale_t_ref = refs
+
+        def fetch(place, slot):
+            _, col, start, _ = place
+            source = x_ref.at[pl.ds(start, TILE), pl.ds(col * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot])
+
+        def work(place, slot, refill):
+            _, col, start, valid = place
+            plgpu.barrier_wait(full.at[slot])
+            x = plgpu.load(x_s.at[slot], layout=layout)
+            q, scale = quantize_rows(x, line_s, layout, power_of_two)
+            store_line(
+                scale, line_s.at[0], valid,
+                lambda first, size: scale_ref.at[col, pl.ds(start + first, size)],
+            )  # fmt: skip
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            q_s[...] = q
+            if sizes_ref:
+                _clear_rows(x_s.at[slot], layout, valid)
+            columns = _load_columns(x_s.at[slot])
+            refill()
+            _store_rows(q_s, valid, q_ref, start, col)
+            _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
+
+        keep_row_major(x_s, q_s)
+        _stream(walk, stages, fetch, work, sizes_ref)
+
+    out = [
+        jax.ShapeDtypeStruct(x.shape, E4M3),
+        jax.ShapeDtypeStruct((walk.cols, walk.m), jnp.float32),
+    ]
+    q, scale, q_t, scale_t = launch(
+        body, x, *_operands(sizes), name="quantize_both", units=walk.units, sms=sms,
+        interpret=interpret, out=out + walk.transposed,
+        smem=dict(
+            x_s=((stages, TILE, TILE), x.dtype), q_s=((TILE, TILE), E4M3),
+            q_t_s=((TILE, TILE), E4M3), line_s=((2, TILE), jnp.float32),
+        ),
+        full=plgpu.Barrier(num_barriers=stages),
+    )  # fmt: skip
+    return q, scale.T, q_t, scale_t.T
+
+
+def requantize(
+    q: jax.Array, scale: jax.Array, sizes: jax.Array | None, *, power_of_two: bool,
+    sms: int | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`requantize_transposed` of q [M, K], K % 16 == 0."""
+    walk = Walk(*q.shape, 0 if sizes is None else sizes.shape[0])
+    layout = rows_layout(q.dtype)
+    stages = stages_of(q.dtype.itemsize, STAGE_BYTES)
+
+    def body(q_ref, scale_ref, *refs, q_s, scale_s, q_t_s, line_s, full):
+        *sizes_ref, q_t_ref, scale_t_ref = refs
+
+        def fetch(place, slot):
+            _, col, start, _ = place
+            rows = pl.ds(start, TILE)
+            source = q_ref.at[rows, pl.ds(col * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, q_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(scale_ref.at[col, rows], scale_s.at[slot], full.at[slot])
+
+        def work(place, slot, refill):
+            plgpu.barrier_wait(full.at[slot])
+            if sizes_ref:
+                _clear_rows(q_s.at[slot], layout, place[3])
+                _clear_rows(scale_s.at[slot], LINE, place[3])
+            columns = _load_columns(q_s.at[slot]).astype(jnp.float32)
+            scales = plgpu.load(scale_s.at[slot], layout=COLUMN(16).reduce(0), optimized=False)
+            columns *= lax.broadcast_in_dim(scales, columns.shape, [1])
+            refill()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
+
+        keep_row_major(q_s)
+        _stream(walk, stages, fetch, work, sizes_ref)
+
+    scale = jnp.pad(scale.T, ((0, 0), (0, -walk.m % FLOATS_A_ROW)))
+    q_t, scale_t = launch(
+        body, q, scale, *_operands(sizes), name="requantize_transposed", units=walk.units, sms=sms,
+        interpret=interpret, out=walk.transposed, most_ctas=3,
+        smem=dict(
+            q_s=((stages, TILE, TILE), E4M3), scale_s=((stages, TILE), jnp.float32),
+            q_t_s=((TILE, TILE), E4M3), line_s=((2, TILE), jnp.float32),
+        ),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )  # fmt: skip
+    return q_t, scale_t.T
+
+
+def _operands(sizes: jax.Array | None) -> list[jax.Array]:
+    return [] if sizes is None else [sizes]
+
+
+def _stream(walk: Walk, stages: int, fetch: Any, work: Any, sizes_ref: list[Any]) -> None:
+    (ref,) = sizes_ref or [None]
+
+    def locate(unit: Scalar, cursor: Cursor) -> tuple[Place, Cursor]:
+        return walk.locate(unit, cursor, ref)
+
+    stream(walk.units, stages, fetch, work, locate, walk.first(ref))
+
+
+def _clear_rows(ref: Any, layout: Any, valid: Scalar) -> None:
+    """Zeros in the rows that belong to the next group."""
+
+    @pl.when(valid < TILE)
+    def _():
+        values = plgpu.load(ref, layout=layout)
+        values = values.astype(jnp.float32) if ref.dtype == E4M3 else values
+        row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout)
+        ref[...] = jnp.where(row < valid, values, jnp.zeros_like(values)).astype(ref.dtype)
+
+
+def _load_columns(ref: Any) -> jax.Array:
+    return plgpu.layout_cast(plgpu.load(ref.T, layout=COLUMN(1)), COLUMN(16))
+
+
+def _store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) -> None:
+    """The first `valid` rows of q_s, after a commit_smem."""
+
+    def store(first: Scalar, size: int) -> None:
+        out = q_ref.at[pl.ds(start + first, size), pl.ds(col * TILE, TILE)]
+        plgpu.copy_smem_to_gmem(q_s.at[pl.ds(first, size)], out)
+
+    pl.when(valid == TILE)(lambda: store(0, TILE))
+    pl.when(valid < TILE)(lambda: pieces(valid, store))
+
+
+def _store_columns(
+    columns: jax.Array, q_t_s: Any, line_s: Any, walk: Walk, q_t_ref: Any, scale_t_ref: Any,
+    place: Place, power_of_two: bool,
+) -> None:  # fmt: skip
+    """Quantise columns [128 of x's columns, 128 of its rows] and store them, once q_t_s is free."""
+    tile, col, _, _ = place
+    amax = jnp.max(jnp.abs(columns), axis=1).astype(jnp.float32)
+    scale, inverse = tile_scale(amax, power_of_two)
+    scaled = columns.astype(jnp.float32) * lax.broadcast_in_dim(inverse, columns.shape, [0])
+    q_t_s[...] = scaled.astype(E4M3)
+    plgpu.commit_smem()
+    out = q_t_ref.at[pl.ds(col * TILE, TILE), pl.ds(tile * TILE, TILE)]
+    plgpu.copy_smem_to_gmem(q_t_s, out)
+    store_line(
+        scale, line_s.at[0], lax.min(jnp.int32(TILE), walk.k - col * TILE),
+        lambda first, size: scale_t_ref.at[tile, pl.ds(col * TILE + first, size)],
+    )  # fmt: skip
