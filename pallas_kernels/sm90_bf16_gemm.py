@@ -1,0 +1,203 @@
+"""BF16 GEMM on Hopper: dense, by groups of rows, and masked; the FP8 kernel's simpler twin.
+
+The same ring of stages and walk over tiles; the accumulator stays in the tensor core's registers
+for the whole of K, so a warpgroup's products across are up to 256 wide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
+from pallas_kernels.sm90_tile import (
+    ROWS,
+    Tile,
+    corner,
+    drain,
+    empty_barriers,
+    extent,
+    line_of,
+    store,
+    swizzled,
+)
+
+BLOCK = 64  # of K: 128 bytes, one stage
+Kind = Literal["dense", "grouped", "masked"]
+Refs = types.SimpleNamespace
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gemm:
+    """The kernel's static side; its methods are traced inside the kernel."""
+
+    kind: Kind
+    tile: Tile
+    rows: int  # of A; of a group of A when masked
+    n: int
+    blocks: int
+    out_dtype: Any
+    b_by_k: bool  # b is [groups, K, N]: WGMMA takes 16-bit operands either way round
+
+    @property
+    def piece(self) -> int:
+        return self.tile.piece(self.n, self.out_dtype, self.kind == "grouped")
+
+    def walk(self, sizes: Any, visit: Visit) -> Scalar:
+        tiles: Extent = extent(self.tile, self.n, self.blocks)
+        if self.kind == "dense":
+            return sm90_schedule.dense(tiles, self.rows, 1, visit)
+        walk = sm90_schedule.masked if self.kind == "masked" else sm90_schedule.grouped
+        return walk(tiles, sizes, visit)
+
+    def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar:
+        tile = self.tile
+        row, col = corner(tile, work)
+        a_group = work.group if self.kind == "masked" else 0
+        b_group = 0 if self.kind == "dense" else work.group
+
+        def body(i: Scalar, _: None) -> None:
+            slot = lax.rem(step + i, jnp.int32(tile.stages))
+
+            @pl.when(step + i >= tile.stages)
+            def _() -> None:
+                plgpu.barrier_wait(refs.empty.at[slot])
+
+            ms, ns, ks = pl.ds(row, tile.height), pl.ds(col, tile.width), pl.ds(i * BLOCK, BLOCK)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs.full.at[slot])
+            copy(refs.a.at[a_group, ms, ks], refs.a_smem.at[slot],
+                 collective_axes="pair" if tile.shares_a else None)  # fmt: skip
+            b = refs.b.at[b_group, ks, ns] if self.b_by_k else refs.b.at[b_group, ns, ks]
+            copy(b, refs.b_smem.at[slot], collective_axes="pair" if tile.shares_b else None)
+
+        lax.fori_loop(0, work.blocks, body, None)
+        return step + work.blocks
+
+    def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar:
+        tile = self.tile
+        row, col = corner(tile, work)
+        row += wg * tile.rows
+        a_rows = pl.ds(wg * tile.rows, tile.rows)
+
+        def slot(i: Scalar) -> Scalar:
+            return lax.rem(step + i, jnp.int32(tile.stages))
+
+        def skip() -> None:
+            @pl.loop(0, work.blocks)
+            def _(i: Scalar) -> None:
+                plgpu.barrier_wait(refs.full.at[slot(i)])
+                plgpu.barrier_arrive(refs.empty.at[slot(i)])
+
+        def products(acc: Any) -> jax.Array:
+            @pl.loop(0, work.blocks)
+            def _(i: Scalar) -> None:
+                plgpu.barrier_wait(refs.full.at[slot(i)])
+                b = refs.b_smem.at[slot(i)]
+                plgpu.wgmma(acc, refs.a_smem.at[slot(i), a_rows], b if self.b_by_k else b.T)
+                plgpu.wgmma_wait(1)  # the products before these have read their stage
+
+                @pl.when(i > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(refs.empty.at[slot(i - 1)])
+
+            total = acc[...]
+            plgpu.barrier_arrive(refs.empty.at[slot(work.blocks - 1)])
+            return total
+
+        def compute() -> None:
+            total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.n), jnp.float32))
+            out = refs.out.at[0 if self.kind == "grouped" else work.group]
+            sums = [(d * ROWS, 0, [total[d * ROWS : (d + 1) * ROWS]]) for d in range(tile.down)]
+            ragged = (work.start, work.end) if self.kind == "grouped" else None
+            store(refs, out, wg, row, col, sums, self.piece, ragged)
+
+        lax.cond(work.end > row, compute, skip)
+        return step + work.blocks
+
+    def scratch(self) -> dict[str, Any]:
+        tile, bf16 = self.tile, jnp.bfloat16
+        b = (BLOCK, tile.width) if self.b_by_k else (tile.width, BLOCK)
+        found = dict(
+            a_smem=swizzled((tile.stages, tile.height, BLOCK), bf16),
+            b_smem=swizzled((tile.stages, *b), bf16),
+            out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, self.piece), self.out_dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            empty=empty_barriers(tile),
+        )
+        if self.kind == "grouped":
+            rows = (tile.warpgroups, ROWS, line_of(self.out_dtype))
+            found["rows_smem"] = plgpu.SMEM(rows, self.out_dtype)
+        return found
+
+    def __call__(self, refs: Refs, pdl: bool) -> None:
+        wg = lax.axis_index("wg")
+        sizes = getattr(refs, "sizes", None)
+        if pdl:  # the next kernel may start its own set-up while this one's last tiles run
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
+        @pl.when(wg < self.tile.warpgroups)
+        def _() -> None:
+            if self.tile.registers:
+                plgpu.set_max_registers(self.tile.registers[0], action="increase")
+            self.walk(sizes, lambda work, step: self.multiply(refs, wg, work, step))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == self.tile.warpgroups)
+        def _() -> None:
+            if self.tile.registers:
+                plgpu.set_max_registers(self.tile.registers[1], action="decrease")
+            total = self.walk(sizes, lambda work, step: self.fetch(refs, work, step))
+            drain(refs.empty, total, self.tile.stages)
+
+
+def bf16_gemm(
+    a: jax.Array,
+    b: jax.Array,
+    sizes: jax.Array | None,
+    *,
+    kind: Kind,
+    tile: Tile,
+    out_dtype: Any,
+    sms: int,
+    b_by_k: bool = False,
+    interpret: Any = None,
+) -> jax.Array:
+    """[groups, M, N] (grouped: [1, M, N]) of a [1, M, K] (masked: [groups, M, K]) and
+    b [groups, N, K], or [groups, K, N] when `b_by_k`. M and N are multiples of 8 and 16 (or
+    M < 8), K of 64; N of 64 too when b lies by K."""
+    rows, k = a.shape[1:]
+    groups, n = b.shape[0], b.shape[2 if b_by_k else 1]
+    gemm = _Gemm(kind, tile, rows, n, k // BLOCK, jnp.dtype(out_dtype), b_by_k)
+    tiles = extent(tile, n, gemm.blocks)
+    slots = sms // tile.cluster
+    if kind == "dense":
+        slots = min(slots, -(-rows // tiles.rows) * tiles.col_tiles)
+    names = ("a", "b") + (() if sizes is None else ("sizes",)) + ("out",)
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        gemm(Refs(**dict(zip(names, refs, strict=True)), **scratch), pdl=interpret is None)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((groups if kind == "masked" else 1, rows, n), out_dtype),
+        scratch_types=gemm.scratch(),
+        grid=(slots,),
+        grid_names=("slot",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("pair",) if tile.cluster > 1 else (),
+        num_threads=tile.warpgroups + 1,
+        thread_name="wg",
+        kernel_name=f"bf16_gemm_{kind}",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(a, b, *(() if sizes is None else (sizes,)))

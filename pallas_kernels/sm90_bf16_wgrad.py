@@ -1,0 +1,173 @@
+"""BF16 weight gradients of groups on Hopper: x[rows of group].T @ dy[rows of group].
+
+Both operands are read as they lie, rows in front: WGMMA takes 16-bit operands transposed. TMA
+fetches 64 rows from a multiple of 8 on, so a group's first and last block may hold rows of its
+neighbours; the multiplying warpgroups overwrite those with zeros before they use the block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_schedule import Scalar, Visit, Work
+from pallas_kernels.sm90_tile import Tile, drain, empty_barriers, extent, store, swizzled
+
+BLOCK = 64  # rows of a stage
+Refs = types.SimpleNamespace
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wgrad:
+    """The kernel's static side; its methods are traced inside the kernel."""
+
+    tile: Tile
+    k: int  # columns of x: rows of the output
+    n: int
+    out_dtype: Any
+
+    @property
+    def piece(self) -> int:
+        return self.tile.piece(self.n, self.out_dtype)
+
+    def walk(self, sizes: Any, visit: Visit) -> Scalar:
+        tiles = extent(self.tile, self.n, 0)
+        return sm90_schedule.row_grouped(tiles, self.k, sizes, BLOCK, visit)
+
+    def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar:
+        tile = self.tile
+
+        def body(i: Scalar, _: None) -> None:
+            slot = lax.rem(step + i, jnp.int32(tile.stages))
+
+            @pl.when(step + i >= tile.stages)
+            def _() -> None:
+                plgpu.barrier_wait(refs.empty.at[slot])
+                plgpu.commit_smem()  # zeros written by threads before TMA writes over them
+
+            rows = pl.ds(work.first_block + i * BLOCK, BLOCK)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs.full.at[slot])
+            copy(refs.x.at[rows, pl.ds(work.row, tile.height)], refs.x_smem.at[slot])
+            copy(refs.dy.at[rows, pl.ds(work.col, tile.width)], refs.dy_smem.at[slot])
+
+        lax.fori_loop(0, work.blocks, body, None)
+        return step + work.blocks
+
+    def clear(self, refs: Refs, wg: Scalar, slot: Scalar, low: Scalar, high: Scalar) -> None:
+        """Zeros in the block's rows outside [low, high), a share of the columns a warpgroup."""
+        share = self.tile.width // self.tile.warpgroups
+        for smem, width in ((refs.x_smem, self.tile.rows), (refs.dy_smem, share)):
+            part = smem.at[slot, :, pl.ds(wg * width, width)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, width), 0, layout=plgpu.Layout.WGMMA)
+            inside = (row >= low) & (row < high)
+            part[...] = jnp.where(inside, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.cleared)
+        plgpu.barrier_wait(refs.cleared)
+
+    def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar:
+        tile = self.tile
+        columns = pl.ds(wg * tile.rows, tile.rows)
+
+        def slot(i: Scalar) -> Scalar:
+            return lax.rem(step + i, jnp.int32(tile.stages))
+
+        def products(acc: Any) -> jax.Array:
+            @pl.loop(0, work.blocks)
+            def _(i: Scalar) -> None:
+                first = work.first_block + i * BLOCK
+                low, high = lax.max(work.start - first, 0), lax.min(work.end - first, BLOCK)
+                plgpu.barrier_wait(refs.full.at[slot(i)])
+
+                @pl.when(high - low < BLOCK)
+                def _() -> None:
+                    self.clear(refs, wg, slot(i), low, high)
+
+                plgpu.wgmma(acc, refs.x_smem.at[slot(i), :, columns].T, refs.dy_smem.at[slot(i)])
+                plgpu.wgmma_wait(1)  # the products before these have read their stage
+
+                @pl.when(i > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(refs.empty.at[slot(i - 1)])
+
+            total = acc[...]
+
+            @pl.when(work.blocks > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(refs.empty.at[slot(work.blocks - 1)])
+
+            return total
+
+        total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.n), jnp.float32))
+        out = refs.out.at[work.group]
+        row = work.row + wg * tile.rows
+        store(refs, out, wg, row, work.col, [(0, 0, [total])], self.piece, None)
+        return step + work.blocks
+
+    def __call__(self, refs: Refs, pdl: bool) -> None:
+        wg = lax.axis_index("wg")
+        increase, decrease = self.tile.registers or (0, 0)
+        if pdl:  # the next kernel may start its own set-up while this one's last tiles run
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
+        @pl.when(wg < self.tile.warpgroups)
+        def _() -> None:
+            plgpu.set_max_registers(increase, action="increase")
+            self.walk(refs.sizes, lambda work, step: self.multiply(refs, wg, work, step))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == self.tile.warpgroups)
+        def _() -> None:
+            plgpu.set_max_registers(decrease, action="decrease")
+            total = self.walk(refs.sizes, lambda work, step: self.fetch(refs, work, step))
+            drain(refs.empty, total, self.tile.stages)
+
+
+def bf16_grouped_wgrad(
+    x: jax.Array,
+    dy: jax.Array,
+    sizes: jax.Array,
+    *,
+    tile: Tile,
+    out_dtype: Any,
+    sms: int,
+    interpret: Any = None,
+) -> jax.Array:
+    """[groups, K, N] of x [T, K] and dy [T, N]: T a multiple of 8, K and N of 64."""
+    (_, k), n, dtype = x.shape, dy.shape[1], jnp.bfloat16
+    wgrad = _Wgrad(tile, k, n, jnp.dtype(out_dtype))
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        names = ("x", "dy", "sizes", "out")
+        wgrad(Refs(**dict(zip(names, refs, strict=True)), **scratch), pdl=interpret is None)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((sizes.shape[0], k, n), out_dtype),
+        scratch_types=dict(
+            x_smem=swizzled((tile.stages, BLOCK, tile.height), dtype),
+            dy_smem=swizzled((tile.stages, BLOCK, tile.width), dtype),
+            out_smem=swizzled((tile.warpgroups, tile.slots, 64, wgrad.piece), out_dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            empty=empty_barriers(tile),
+            cleared=plgpu.Barrier(num_arrivals=tile.warpgroups),
+        ),
+        grid=(sms,),
+        grid_names=("slot",),
+        num_threads=tile.warpgroups + 1,
+        thread_name="wg",
+        kernel_name="bf16_grouped_wgrad",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(x, dy, sizes)

@@ -1,0 +1,219 @@
+"""How an SM's output tile is cut, fed and stored: what the Hopper GEMMs share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.sm90_schedule import Extent, Scalar, Work
+
+ROWS = 64  # WGMMA's M: what a warpgroup multiplies at a time
+SWIZZLE = 128  # bytes: the widest swizzle, and the rows of every stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The output tile of an SM and the machinery around it.
+
+    Each of `warpgroups` multiplies `down` x `across` products of 64 x `n`; `stages` of shared
+    memory hold operands in flight. `cluster` SMs side by side share A by TMA multicast inside the
+    card ("a": tiles next to one another, "b": below one another, which share B). `splits` cuts K,
+    each part with a float32 output of its own. `band` rows of tiles are walked together. `depth`
+    blocks of K are multiplied at a time, each into an accumulator of its own. `slots` of shared
+    memory hold output on its way out.
+    """
+
+    warpgroups: int
+    n: int
+    stages: int
+    down: int = 1
+    across: int = 1
+    cluster: int = 1
+    share: Literal["a", "b"] = "a"
+    splits: int = 1
+    band: int = 8
+    depth: int = 1
+    slots: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of a warpgroup."""
+        return ROWS * self.down
+
+    @property
+    def height(self) -> int:
+        return self.rows * self.warpgroups
+
+    @property
+    def width(self) -> int:
+        return self.n * self.across
+
+    @property
+    def shares_a(self) -> bool:
+        return self.cluster > 1 and self.share == "a"
+
+    @property
+    def shares_b(self) -> bool:
+        return self.cluster > 1 and self.share == "b"
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """(multiplying, fetching) registers a thread; an SM has 65,536."""
+        return {1: None, 2: (240, 24), 3: (160, 32)}[self.warpgroups]
+
+    def piece(self, n: int, dtype: Any, ragged: bool = False) -> int:
+        """Columns of one store: up to 128 bytes, and what tile and output are made of; half as
+        much where rows of groups are stored too, whose buffer needs the room."""
+        line = line_of(dtype)
+        return math.gcd(n, self.n, line // 2 if ragged else line)
+
+
+def line_of(dtype: Any) -> int:
+    """Elements in 128 bytes: what TMA needs of a row whose copies may start at any row."""
+    return SWIZZLE // jnp.dtype(dtype).itemsize
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory as TMA and WGMMA like it: tiles of 8 rows, swizzled over their bytes."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    transforms = (
+        plgpu.TilingTransform((8, swizzle // size)),  # ty: ignore[abstract-class-instantiation]
+        plgpu.SwizzleTransform(swizzle),  # ty: ignore[abstract-class-instantiation]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
+    """One a stage, on which every warpgroup that reads the stage arrives."""
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(
+        collective_axes=("pair",), num_arrivals=tile.warpgroups, num_barriers=tile.stages
+    )
+
+
+def extent(tile: Tile, n: int, blocks: int) -> Extent:
+    """What a walk over a cluster's tiles needs to know."""
+    return Extent(
+        rows=tile.height * (tile.cluster if tile.shares_b else 1),
+        cols=tile.width * (tile.cluster if tile.shares_a else 1),
+        n=n,
+        blocks=blocks,
+        band=tile.band,
+    )
+
+
+def corner(tile: Tile, work: Work) -> tuple[Scalar, Scalar]:
+    """(row, column) of this SM's tile within its cluster's."""
+    if tile.cluster == 1:
+        return work.row, work.col
+    other = lax.axis_index("pair")
+    if tile.shares_a:
+        return work.row, work.col + other * tile.width
+    return work.row + other * tile.height, work.col
+
+
+def store(
+    refs: Any, out: Any, wg: Scalar, row: Scalar, col: Scalar,
+    sums: list[tuple[int, int, list[jax.Array]]], piece: int,
+    ragged: tuple[Scalar, Scalar] | None,
+) -> None:  # fmt: skip
+    """Store a warpgroup's sums: (rows down, columns right, side by side) for each 64 rows.
+
+    Ragged are the rows [start, end) of the output that belong to the tile's group.
+    """
+    for at, (down, right, side_by_side) in enumerate(sums):
+        top, left = row + down, col + right
+        parts = _cut(side_by_side, piece, out.dtype)
+        whole = functools.partial(
+            _store_whole, out, refs.out_smem.at[wg], top, left, parts, at * len(parts)
+        )
+        if ragged is None:
+            whole()
+            continue
+        low, high = lax.max(ragged[0] - top, 0), lax.min(ragged[1] - top, ROWS)
+        lines = _cut(side_by_side, line_of(out.dtype), out.dtype)
+        rows = functools.partial(
+            _store_rows, out, refs.rows_smem.at[wg], top, left, lines, low, high
+        )
+        count = high - low
+        lax.cond(count == ROWS, whole, functools.partial(pl.when(count > 0), rows))
+
+
+def _cut(side_by_side: list[jax.Array], width: int, dtype: Any) -> list[jax.Array]:
+    return [
+        part[:, at : at + width].astype(dtype)
+        for part in side_by_side
+        for at in range(0, part.shape[1], width)
+    ]
+
+
+def _store_whole(
+    out: Any, slots: Any, row: Scalar, col: Scalar, parts: list[jax.Array], first: int
+) -> None:
+    """64 rows, piece after piece of columns, through slots of shared memory in turn.
+
+    The first piece is the tile's piece number `first`; a tile's pieces fill the slots a whole
+    number of times, so that a piece's slot was last used `slots` pieces ago. Pieces to the right
+    of the output are left out: TMA would clip them, but Mosaic drops a dimension of one piece and
+    its index, and writes them over the first.
+    """
+    count = slots.shape[0]
+    inside = col + len(parts) * parts[0].shape[1] <= out.shape[1]  # no piece is left out
+    for at, part in enumerate(parts):
+        left = col + at * part.shape[1]
+
+        @pl.when(left < out.shape[1])
+        def _(at: int = at, part: jax.Array = part, left: Scalar = left) -> None:
+            if count == 1 or first + at == 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            else:  # all but the slots - 1 stores since this slot's last one
+                lax.cond(
+                    inside,
+                    lambda: plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True),
+                    lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True),
+                )
+            smem = slots.at[(first + at) % count]
+            smem[...] = part
+            plgpu.commit_smem()
+            columns = pl.ds(left, part.shape[1])
+            plgpu.copy_smem_to_gmem(smem, out.at[pl.ds(row, ROWS), columns])
+
+
+def _store_rows(
+    out: Any, smem: Any, row: Scalar, col: Scalar, parts: list[jax.Array], low: Scalar, high: Scalar
+) -> None:
+    """Rows [low, high) of 64: as many copies as the count has bits, each of static size."""
+    count = high - low
+    for at, part in enumerate(parts):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        smem[...] = part
+        plgpu.commit_smem()
+        cols = pl.ds(col + at * part.shape[1], part.shape[1])
+        for size in (32, 16, 8, 4, 2, 1):
+
+            @pl.when((count & size) != 0)
+            def _(size: int = size, cols: Any = cols) -> None:
+                first = low + (count & (ROWS - 2 * size))  # after the larger copies
+                plgpu.copy_smem_to_gmem(
+                    smem.at[pl.ds(first, size)], out.at[pl.ds(row + first, size), cols]
+                )
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def drain(empty: Any, total: Any, stages: int) -> None:
+    """Wait until the stages in flight are read: a neighbour may still arrive at our barriers."""
+
+    @pl.loop(lax.max(jnp.int32(0), total - stages), total)
+    def _(step: Any) -> None:
+        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])

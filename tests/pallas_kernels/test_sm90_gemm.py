@@ -1,0 +1,191 @@
+"""The Hopper GEMM kernels in the interpreter, which also looks for races, tile class by class."""
+
+import contextlib
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import sm90_tiles
+from pallas_kernels.sm90_bf16_gemm import bf16_gemm
+from pallas_kernels.sm90_bf16_wgrad import bf16_grouped_wgrad
+from pallas_kernels.sm90_fp8_gemm import fp8_gemm
+from pallas_kernels.sm90_tile import Tile
+
+SUMS, ROUNDING = 3e-6, 3e-3
+GROUPS = [70, 0, 1, 200, 0, 29]
+
+
+def interpreted(kernel, *operands, tile, **options):
+    """The kernel's output; fails when the interpreter reports a race."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        out = kernel(
+            *operands, tile=tile, sms=2 * tile.cluster,
+            interpret=plgpu.InterpretGPUParams(detect_races=True), **options,
+        )  # fmt: skip
+        out = np.asarray(out, np.float64)
+    assert "RACE" not in said.getvalue(), said.getvalue()
+    return out
+
+
+def draw(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def e4m3(rng, *shape):
+    return draw(rng, *shape).astype(jnp.float8_e4m3fn)
+
+
+def scales(rng, *shape):
+    return jnp.asarray(np.exp2(rng.uniform(-6, 6, shape)), jnp.float32)
+
+
+def apart(found, expected):
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def by_row(q, scale):
+    """q [rows, K] times scale [K / 128, rows]."""
+    spread = np.asarray(scale, np.float64).T[: q.shape[0]].repeat(128, 1)[:, : q.shape[1]]
+    return np.asarray(q, np.float64) * spread
+
+
+def by_block(q, scale):
+    """q [N, K] times scale [N / 128, K / 128]."""
+    spread = np.asarray(scale, np.float64).repeat(128, 0)[: q.shape[0]].repeat(128, 1)
+    return np.asarray(q, np.float64) * spread[:, : q.shape[1]]
+
+
+DENSE = {
+    "large": Tile(2, 128, 2, down=2, cluster=2),
+    "three warpgroups": Tile(3, 128, 2, cluster=2, slots=2),
+    "scales within a product": Tile(2, 192, 2, cluster=2, share="b"),
+    "several blocks at once": Tile(2, 128, 3, depth=2),
+    "thin": Tile(1, 64, 4, depth=2),
+    "thin and shared": Tile(1, 64, 5, cluster=2, share="b", depth=4),
+    "thin and wide": Tile(1, 192, 2, slots=3),
+    "thin and split": Tile(1, 64, 3, depth=2, splits=2),
+    "odd width": Tile(2, 112, 2),
+    "four slots": Tile(2, 128, 2, down=2, slots=4),
+}
+
+
+@pytest.mark.parametrize("tile", DENSE.values(), ids=DENSE)
+def test_fp8_dense(tile):
+    rng = np.random.default_rng(0)
+    m, n, k = 136, 400, 512
+    a, b = e4m3(rng, 1, m, k), e4m3(rng, 1, n, k)
+    a_scale, b_scale = scales(rng, k // 128, m), scales(rng, 1, -(-n // 128), k // 128)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, None, tile=tile, kind="dense", out_dtype=jnp.float32
+    )
+    assert apart(out.sum(0), by_row(a[0], a_scale) @ by_block(b[0], b_scale[0]).T) < SUMS
+
+
+@pytest.mark.parametrize("tile", [DENSE["large"], Tile(3, 128, 2, cluster=2), Tile(2, 128, 2)])
+def test_fp8_grouped(tile):
+    rng = np.random.default_rng(1)
+    n, k = 144, 256
+    m, groups = sum(GROUPS) + 4, len(GROUPS)  # rows behind the groups
+    a, b = e4m3(rng, 1, m, k), e4m3(rng, groups, n, k)
+    a_scale, b_scale = scales(rng, k // 128, m), scales(rng, groups, -(-n // 128), k // 128)
+    a_scale = a_scale.at[:, sum(GROUPS) :].set(jnp.nan)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, jnp.array(GROUPS, jnp.int32), tile=tile,
+        kind="grouped", out_dtype=jnp.bfloat16,
+    )[0]  # fmt: skip
+    ends = np.cumsum(GROUPS)
+    rows = by_row(a[0], a_scale)
+    for group, (end, size) in enumerate(zip(ends, GROUPS, strict=True)):
+        inside = slice(end - size, end)
+        expected = rows[inside] @ by_block(b[group], b_scale[group]).T
+        assert apart(out[inside], expected) < ROUNDING
+
+
+def test_fp8_masked():
+    rng = np.random.default_rng(2)
+    counts, m, n, k = [70, 0, 104], 104, 144, 256
+    a, b = e4m3(rng, 3, m, k), e4m3(rng, 3, n, k)
+    a_scale, b_scale = scales(rng, k // 128, 3 * m), scales(rng, 3, 2, k // 128)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, jnp.array(counts, jnp.int32),
+        tile=Tile(1, 64, 3, depth=2), kind="masked", out_dtype=jnp.bfloat16,
+    )  # fmt: skip
+    for group, count in enumerate(counts):
+        rows = by_row(a[group], a_scale[:, group * m : (group + 1) * m])[:count]
+        assert apart(out[group, :count], rows @ by_block(b[group], b_scale[group]).T) < ROUNDING
+
+
+@pytest.mark.parametrize("sizes", [[70, 0, 200, 1], [0, 0, 0, 0], [512, 0, 0, 0]])
+def test_fp8_wgrad_of_groups(sizes):
+    rng = np.random.default_rng(3)
+    m, n, k = 72, 136, 640
+    a, b = e4m3(rng, 1, m, k), e4m3(rng, 1, n, k)
+    a_scale, b_scale = scales(rng, k // 128, m), scales(rng, k // 128, n)
+    blocks = [-(-size // 128) for size in sizes]
+    a_scale = a_scale.at[sum(blocks) :].set(jnp.nan)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, jnp.array(sizes, jnp.int32), tile=sm90_tiles.BY_ROW,
+        kind="k_grouped", out_dtype=jnp.float32,
+    )  # fmt: skip
+    left, right = by_row(a[0], a_scale), by_row(b[0], b_scale)
+    first = 0
+    for group, count in enumerate(blocks):
+        columns = slice(first * 128, (first + count) * 128)
+        assert apart(out[group], left[:, columns] @ right[:, columns].T) < SUMS
+        first += count
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(2, 256, 2, cluster=2, share="b"), Tile(2, 128, 3), Tile(1, 128, 3)]
+)
+def test_bf16(tile):
+    rng = np.random.default_rng(4)
+    m, n, k = sum(GROUPS) + 4, 272, 192
+    a = draw(rng, 1, m, k).astype(jnp.bfloat16)
+    b = draw(rng, len(GROUPS), n, k).astype(jnp.bfloat16)
+    left, right = np.asarray(a[0], np.float64), np.asarray(b, np.float64)
+    dense = interpreted(
+        bf16_gemm, a, b[:1], None, tile=tile, kind="dense", out_dtype=jnp.float32
+    )[0]  # fmt: skip
+    assert apart(dense, left @ right[0].T) < SUMS
+    b = jnp.pad(b, ((0, 0), (0, 48), (0, 0)))
+    right = np.asarray(b, np.float64)
+    grouped = interpreted(
+        bf16_gemm, a, b.swapaxes(1, 2), jnp.array(GROUPS, jnp.int32), tile=tile, kind="grouped",
+        b_by_k=True, out_dtype=jnp.bfloat16,
+    )[0]  # fmt: skip
+    for group, (end, size) in enumerate(zip(np.cumsum(GROUPS), GROUPS, strict=True)):
+        inside = slice(end - size, end)
+        assert apart(grouped[inside], left[inside] @ right[group].T) < ROUNDING
+
+
+@pytest.mark.parametrize("sizes", [[70, 0, 1, 53, 0], [64, 64], [3, 130, 40]])
+def test_bf16_wgrad_of_groups_that_start_anywhere(sizes):
+    rng = np.random.default_rng(5)
+    t = -(-sum(sizes) // 8) * 8 + 8
+    x, dy = (draw(rng, t, width).astype(jnp.bfloat16) for width in (192, 320))
+    x, dy = (array.at[sum(sizes) :].set(jnp.nan) for array in (x, dy))
+    out = interpreted(
+        bf16_grouped_wgrad, x, dy, jnp.array(sizes, jnp.int32), tile=Tile(2, 256, 3),
+        out_dtype=jnp.float32,
+    )  # fmt: skip
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    for group, (end, size) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
+        inside = slice(end - size, end)
+        assert apart(out[group], x[inside].T @ dy[inside]) < SUMS
+
+
+@pytest.mark.parametrize("m", [1, 8, 40, 64, 100, 128, 200, 4096])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (576, 7168), (2112, 7168), (24576, 1536)])
+def test_tiles_fit_the_problem(m, n, k):
+    blocks = k // 128
+    dense = sm90_tiles.dense(m, n, blocks)
+    assert blocks % (dense.splits * dense.depth) == 0
+    assert dense.stages > dense.depth
+    assert dense == sm90_tiles.dense(m, n, blocks)
+    for choose in (sm90_tiles.grouped, sm90_tiles.masked):
+        assert blocks % choose(m, n, blocks, 8).depth == 0
