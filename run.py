@@ -1,4 +1,4 @@
-"""dsjax from the command line: train, generate, convert, info, tokenize, compare.
+"""dsjax from the command line: train, generate, convert, info, tokenize, compare, bench.
 
 Each sub-command parses, calls and prints; the work is done in the rooms of `dsjax/`. Bad input ends
 with one line on stderr and exit code 2 (DSJAX_TRACEBACK=1 shows where it came from).
@@ -120,7 +120,7 @@ def hint_at_gpu() -> None:
     if jax.default_backend() == "cpu" and Path("/proc/driver/nvidia/version").exists():
         console.print(
             "this machine has an NVIDIA driver but jax sees no GPU: install it with "
-            "`python3 -m uv run --extra gpu run.py train ...`",
+            "`python3 -m uv run --extra gpu run.py ...`",
             style="yellow",
         )
 
@@ -346,6 +346,41 @@ def compare_command(arguments: list[str]) -> int:
     return 0
 
 
+# --- bench ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BenchGemmCommand:
+    """Time the FP8 and BF16 matmuls beside XLA's, the card's ceilings and recorded DeepGEMM."""
+
+    shapes: tuple[str, ...] = ()
+    """MxNxK, or gGxMxNxK with M rows a group; each runs in every kind that takes its form. By
+    default a list of DeepSeek-V3's."""
+    kinds: tuple[Literal["dense", "grouped", "masked", "wgrad", "bf16"], ...] = (
+        "dense", "grouped", "masked", "wgrad", "bf16",
+    )  # fmt: skip
+    out: Path = RUNS / "bench_gemm"
+    """Folder of bench_gemm.json and roofline.png."""
+    seconds: float = 0.1
+    """Least time that one reading of a long call lasts; on a GPU its seven parts are 20 ms or
+    more."""
+
+
+def bench_command(arguments: list[str]) -> int:
+    from dsjax.bench import Settings, run_gemm
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"gemm": BenchGemmCommand}, args=arguments, prog="run.py bench"
+    )
+    hint_at_gpu()
+    settings = Settings(command.shapes, command.kinds, command.out, command.seconds)
+    outcome, written = run_gemm(settings, console)
+    if outcome.interrupted:
+        say(f"stopped by Ctrl-C; products timed: {len(outcome.rows)}")
+    say("wrote " + ", ".join(map(str, written)))
+    return FAILED if any(row.failed for row in outcome.rows) else 0
+
+
 COMMANDS = {
     "train": train_command,
     "generate": generate_command,
@@ -353,6 +388,7 @@ COMMANDS = {
     "info": info_command,
     "tokenize": tokenize_command,
     "compare": compare_command,
+    "bench": bench_command,
 }
 
 
