@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from typing import Any, Literal
 
 import jax
@@ -18,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
     ROWS,
     Tile,
     corner,
-    drain,
     empty_barriers,
     extent,
     line_of,
@@ -33,7 +32,6 @@ from pallas_kernels.sm90_tile import (
 
 BLOCK = 64  # of K: 128 bytes, one stage
 Kind = Literal["dense", "grouped", "masked"]
-Refs = types.SimpleNamespace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,27 +136,6 @@ class _Gemm:
             found["rows_smem"] = plgpu.SMEM(rows, self.out_dtype)
         return found
 
-    def __call__(self, refs: Refs, pdl: bool) -> None:
-        wg = lax.axis_index("wg")
-        sizes = getattr(refs, "sizes", None)
-        if pdl:  # the next kernel may start its own set-up while this one's last tiles run
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        @pl.when(wg < self.tile.warpgroups)
-        def _() -> None:
-            if self.tile.registers:
-                plgpu.set_max_registers(self.tile.registers[0], action="increase")
-            self.walk(sizes, lambda work, step: self.multiply(refs, wg, work, step))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == self.tile.warpgroups)
-        def _() -> None:
-            if self.tile.registers:
-                plgpu.set_max_registers(self.tile.registers[1], action="decrease")
-            total = self.walk(sizes, lambda work, step: self.fetch(refs, work, step))
-            drain(refs.empty, total, self.tile.stages)
-
 
 def bf16_gemm(
     a: jax.Array,
@@ -182,22 +159,5 @@ def bf16_gemm(
     slots = sms // tile.cluster
     if kind == "dense":
         slots = min(slots, -(-rows // tiles.rows) * tiles.col_tiles)
-    names = ("a", "b") + (() if sizes is None else ("sizes",)) + ("out",)
-
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        gemm(Refs(**dict(zip(names, refs, strict=True)), **scratch), pdl=interpret is None)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((groups if kind == "masked" else 1, rows, n), out_dtype),
-        scratch_types=gemm.scratch(),
-        grid=(slots,),
-        grid_names=("slot",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("pair",) if tile.cluster > 1 else (),
-        num_threads=tile.warpgroups + 1,
-        thread_name="wg",
-        kernel_name=f"bf16_gemm_{kind}",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(a, b, *(() if sizes is None else (sizes,)))
+    out = jax.ShapeDtypeStruct((groups if kind == "masked" else 1, rows, n), out_dtype)
+    return launch(gemm, f"bf16_gemm_{kind}", dict(a=a, b=b, sizes=sizes), out, slots, interpret)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
@@ -19,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Scalar, Visit, Work
-from pallas_kernels.sm90_tile import Tile, drain, empty_barriers, extent, store, swizzled
+from pallas_kernels.sm90_tile import ROWS, Tile, empty_barriers, extent, store, swizzled
 
 BLOCK = 64  # rows of a stage
-Refs = types.SimpleNamespace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +113,16 @@ class _Wgrad:
         store(refs, out, wg, row, work.col, [(0, 0, [total])], self.piece, None)
         return step + work.blocks
 
-    def __call__(self, refs: Refs, pdl: bool) -> None:
-        wg = lax.axis_index("wg")
-        increase, decrease = self.tile.registers or (0, 0)
-        if pdl:  # the next kernel may start its own set-up while this one's last tiles run
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        @pl.when(wg < self.tile.warpgroups)
-        def _() -> None:
-            plgpu.set_max_registers(increase, action="increase")
-            self.walk(refs.sizes, lambda work, step: self.multiply(refs, wg, work, step))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == self.tile.warpgroups)
-        def _() -> None:
-            plgpu.set_max_registers(decrease, action="decrease")
-            total = self.walk(refs.sizes, lambda work, step: self.fetch(refs, work, step))
-            drain(refs.empty, total, self.tile.stages)
+    def scratch(self) -> dict[str, Any]:
+        tile, bf16 = self.tile, jnp.bfloat16
+        return dict(
+            x_smem=swizzled((tile.stages, BLOCK, tile.height), bf16),
+            dy_smem=swizzled((tile.stages, BLOCK, tile.width), bf16),
+            out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, self.piece), self.out_dtype),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            empty=empty_barriers(tile),
+            cleared=plgpu.Barrier(num_arrivals=tile.warpgroups),
+        )
 
 
 def bf16_grouped_wgrad(
@@ -145,29 +136,7 @@ def bf16_grouped_wgrad(
     interpret: Any = None,
 ) -> jax.Array:
     """[groups, K, N] of x [T, K] and dy [T, N]: T a multiple of 8, K and N of 64."""
-    (_, k), n, dtype = x.shape, dy.shape[1], jnp.bfloat16
+    k, n = x.shape[1], dy.shape[1]
     wgrad = _Wgrad(tile, k, n, jnp.dtype(out_dtype))
-
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        names = ("x", "dy", "sizes", "out")
-        wgrad(Refs(**dict(zip(names, refs, strict=True)), **scratch), pdl=interpret is None)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((sizes.shape[0], k, n), out_dtype),
-        scratch_types=dict(
-            x_smem=swizzled((tile.stages, BLOCK, tile.height), dtype),
-            dy_smem=swizzled((tile.stages, BLOCK, tile.width), dtype),
-            out_smem=swizzled((tile.warpgroups, tile.slots, 64, wgrad.piece), out_dtype),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-            empty=empty_barriers(tile),
-            cleared=plgpu.Barrier(num_arrivals=tile.warpgroups),
-        ),
-        grid=(sms,),
-        grid_names=("slot",),
-        num_threads=tile.warpgroups + 1,
-        thread_name="wg",
-        kernel_name="bf16_grouped_wgrad",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(x, dy, sizes)
+    out = jax.ShapeDtypeStruct((sizes.shape[0], k, n), out_dtype)
+    return launch(wgrad, "bf16_grouped_wgrad", dict(x=x, dy=dy, sizes=sizes), out, sms, interpret)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,12 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
     ROWS,
     Tile,
     corner,
-    drain,
     empty_barriers,
     extent,
     line_of,
@@ -36,7 +35,6 @@ from pallas_kernels.sm90_tile import (
 
 BLOCK = 128  # of K: one scale, one stage
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
-Refs = types.SimpleNamespace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,12 +293,12 @@ class _Gemm:
         rows = (work.start, work.end) if ragged else None
         store(refs, out, wg, row, col, placed, self.piece, rows)
 
-    def scratch(self, a: jax.Array, b: jax.Array) -> dict[str, Any]:
-        tile = self.tile
+    def scratch(self) -> dict[str, Any]:
+        tile, e4m3 = self.tile, jnp.float8_e4m3fn
         piece = self.piece
         found = dict(
-            a_smem=swizzled((tile.stages, tile.height, BLOCK), a.dtype),
-            b_smem=swizzled((tile.stages, tile.width, BLOCK), b.dtype),
+            a_smem=swizzled((tile.stages, tile.height, BLOCK), e4m3),
+            b_smem=swizzled((tile.stages, tile.width, BLOCK), e4m3),
             a_scale_smem=plgpu.SMEM((tile.stages, tile.height), jnp.float32),
             out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, piece), self.out_dtype),
             full=plgpu.Barrier(
@@ -314,27 +312,6 @@ class _Gemm:
             rows = (tile.warpgroups, ROWS, line_of(self.out_dtype))
             found["rows_smem"] = plgpu.SMEM(rows, self.out_dtype)
         return found
-
-    def __call__(self, refs: Refs, pdl: bool) -> None:
-        wg = lax.axis_index("wg")
-        sizes = getattr(refs, "sizes", None)
-        if pdl:  # the next kernel may start its own set-up while this one's last tiles run
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        @pl.when(wg < self.tile.warpgroups)
-        def _() -> None:
-            if self.tile.registers:
-                plgpu.set_max_registers(self.tile.registers[0], action="increase")
-            self.walk(sizes, lambda work, step: self.multiply(refs, wg, work, step))
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == self.tile.warpgroups)
-        def _() -> None:
-            if self.tile.registers:
-                plgpu.set_max_registers(self.tile.registers[1], action="decrease")
-            total = self.walk(sizes, lambda work, step: self.fetch(refs, work, step))
-            drain(refs.empty, total, self.tile.stages)
 
 
 def fp8_gemm(
@@ -369,23 +346,8 @@ def fp8_gemm(
     outs = {"dense": tile.splits, "grouped": 1, "masked": groups}.get(
         kind, 1 if sizes is None else sizes.shape[0]
     )
-    names = ("a", "a_scale", "b", "b_scale") + (() if sizes is None else ("sizes",)) + ("out",)
-
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        gemm(Refs(**dict(zip(names, refs, strict=True)), **scratch), pdl=interpret is None)
-
-    call: Callable[..., jax.Array] = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((outs, rows, n), out_dtype),
-        scratch_types=gemm.scratch(a, b),
-        grid=(slots,),
-        grid_names=("slot",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("pair",) if tile.cluster > 1 else (),
-        num_threads=tile.warpgroups + 1,
-        thread_name="wg",
-        kernel_name=f"fp8_gemm_{kind}",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )
-    return call(a, a_scale, b, b_scale, *(() if sizes is None else (sizes,)))
+    return launch(
+        gemm, f"fp8_gemm_{kind}",
+        dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes),
+        jax.ShapeDtypeStruct((outs, rows, n), out_dtype), slots, interpret,
+    )  # fmt: skip

@@ -209,11 +209,3 @@ def _store_rows(
                 )
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def drain(empty: Any, total: Any, stages: int) -> None:
-    """Wait until the stages in flight are read: a neighbour may still arrive at our barriers."""
-
-    @pl.loop(lax.max(jnp.int32(0), total - stages), total)
-    def _(step: Any) -> None:
-        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])

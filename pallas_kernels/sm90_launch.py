@@ -1,0 +1,87 @@
+"""Starting a GEMM on Hopper: one fetching warpgroup, the others multiply, tiles from a walk."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.sm90_schedule import Scalar, Visit, Work
+from pallas_kernels.sm90_tile import Tile
+
+Refs = types.SimpleNamespace
+
+
+class Gemm(Protocol):
+    """The static side of a kernel; its methods are traced inside it."""
+
+    @property
+    def tile(self) -> Tile: ...
+
+    def walk(self, sizes: Any, visit: Visit) -> Scalar: ...
+
+    def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar: ...
+
+    def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar: ...
+
+    def scratch(self) -> dict[str, Any]: ...
+
+
+def launch(
+    gemm: Gemm, name: str, operands: dict[str, jax.Array | None], out: jax.ShapeDtypeStruct,
+    slots: int, interpret: Any,
+) -> jax.Array:  # fmt: skip
+    """Run the kernel on `slots` clusters; its refs carry the operands' names, and `out`."""
+    tile = gemm.tile
+    given = {key: value for key, value in operands.items() if value is not None}
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        named = dict(zip((*given, "out"), refs, strict=True))
+        _run(gemm, Refs(**named, **scratch), interpret is None)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=gemm.scratch(),
+        grid=(slots,),
+        grid_names=("slot",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("pair",) if tile.cluster > 1 else (),
+        num_threads=tile.warpgroups + 1,
+        thread_name="wg",
+        kernel_name=name,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(*given.values())
+
+
+def _run(gemm: Gemm, refs: Refs, on_device: bool) -> None:
+    tile = gemm.tile
+    wg = lax.axis_index("wg")
+    sizes = getattr(refs, "sizes", None)
+    if on_device:  # the next kernel may start its own set-up while this one's last tiles run
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    @pl.when(wg < tile.warpgroups)
+    def _() -> None:
+        if tile.registers:
+            plgpu.set_max_registers(tile.registers[0], action="increase")
+        gemm.walk(sizes, lambda work, step: gemm.multiply(refs, wg, work, step))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == tile.warpgroups)
+    def _() -> None:
+        if tile.registers:
+            plgpu.set_max_registers(tile.registers[1], action="decrease")
+        total = gemm.walk(sizes, lambda work, step: gemm.fetch(refs, work, step))
+
+        # A clustered neighbour may still arrive at these barriers.
+        @pl.loop(lax.max(jnp.int32(0), total - tile.stages), total)
+        def _(step: Scalar) -> None:
+            plgpu.barrier_wait(refs.empty.at[lax.rem(step, jnp.int32(tile.stages))])
