@@ -158,17 +158,19 @@ class _Gemm:
         def body(first: Scalar, stages: list, carry: tuple) -> tuple:
             sums, a_now, b_now = carry
             then = first + tile.depth
-            b_next = tuple(self.block_scales(refs, work, col, then + d) for d in range(tile.depth))
 
-            def ahead() -> tuple[jax.Array, ...]:
-                """While products are in flight: A's scales for the next round."""
+            def ahead() -> tuple[tuple, tuple]:
+                """While products are in flight: the scales for the next round."""
+                b_next = tuple(
+                    self.block_scales(refs, work, col, then + d) for d in range(tile.depth)
+                )
                 slot = lax.rem(step + then, jnp.int32(tile.stages))
                 read = functools.partial(self.row_scales, refs, wg, slot)
-                return lax.cond(then < work.blocks, read, lambda: a_now)
+                return lax.cond(then < work.blocks, read, lambda: a_now), b_next
 
             product = self.one_product if len(sums) == 1 else self.several_products
-            sums, a_next = product(refs, wg, stages, sums, a_now, b_now, ahead)
-            return sums, a_next, b_next
+            sums, scales = product(refs, wg, stages, sums, a_now, b_now, ahead)
+            return sums, *scales
 
         def compute() -> None:
             sums = self.zeros()
@@ -231,13 +233,13 @@ class _Gemm:
                     else plgpu.load(refs.b_scale_smem.at[slot], layout=columns)
                 )  # fmt: skip
                 self.issue(refs, wg, slot, 0, acc)
-            a_next = ahead()
+            scales = ahead()
             (total,) = sums
             for d, (slot, acc) in enumerate(zip(stages, accs, strict=True)):
                 fresh = plgpu.wgmma_accumulator_load(acc, wait_n=len(stages) - 1 - d)
                 plgpu.barrier_arrive(refs.empty.at[slot])
                 total = self.promote(total, fresh, a_scales[d], b_now[d], b_rows[d])
-            return (total,), a_next
+            return (total,), scales
 
         acc = plgpu.ACC((ROWS, self.tile.n), jnp.float32)
         return pl.run_scoped(products, *(acc,) * len(stages))
@@ -253,22 +255,25 @@ class _Gemm:
 
         def product(at: int, acc: Any) -> tuple[tuple, tuple]:
             self.issue(refs, wg, slot, at, acc)
-            a_next = ahead() if at == last else a_now
+            scales = ahead() if at == last else (a_now, b_now)
             fresh = acc[...]
             if at == last:
                 plgpu.barrier_arrive(refs.empty.at[slot])
             first = at % across * pieces
             b_scale = b_scales[first : first + pieces]
-            return self.promote(sums[at], fresh, a_now[at // across], b_scale, None), a_next
+            return self.promote(sums[at], fresh, a_now[at // across], b_scale, None), scales
 
         done: tuple = ()
-        a_next = a_now
+        scales = a_now, b_now
         for at in range(len(sums)):
             # Scales are never this negative. The branch keeps ptxas from starting the next
             # product before this one's accumulator is added up: registers lack for both.
-            done, new, a_next = lax.cond(
+            done, new, scales = lax.cond(
                 b_scales[0] < -1e38,
-                lambda done=done, at=at: (*jax.tree.map(lambda x: x * 2, (done, sums[at])), a_now),
+                lambda done=done, at=at: (
+                    *jax.tree.map(lambda x: x * 2, (done, sums[at])),
+                    (a_now, b_now),
+                ),
                 lambda done=done, at=at: (
                     done,
                     *pl.run_scoped(
@@ -278,7 +283,7 @@ class _Gemm:
                 ),
             )
             done = (*done, new)
-        return done, a_next
+        return done, scales
 
     def store(
         self, refs: Refs, wg: Scalar, work: Work, row: Scalar, col: Scalar, sums: tuple
