@@ -73,9 +73,9 @@ class _Gemm:
             ms, ns, ks = pl.ds(row, tile.height), pl.ds(col, tile.width), pl.ds(i * BLOCK, BLOCK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs.full.at[slot])
             copy(refs.a.at[a_group, ms, ks], refs.a_smem.at[slot],
-                 collective_axes="pair" if tile.shares_a else None)  # fmt: skip
+                 collective_axes="beside" if tile.beside > 1 else None)  # fmt: skip
             b = refs.b.at[b_group, ks, ns] if self.b_by_k else refs.b.at[b_group, ns, ks]
-            copy(b, refs.b_smem.at[slot], collective_axes="pair" if tile.shares_b else None)
+            copy(b, refs.b_smem.at[slot], collective_axes="below" if tile.below > 1 else None)
 
         lax.fori_loop(0, work.blocks, body, None)
         return step + work.blocks

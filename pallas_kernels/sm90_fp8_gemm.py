@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_fp8_round import BLOCK, Rounds, Sums
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
@@ -33,7 +33,6 @@ from pallas_kernels.sm90_tile import (
     swizzled,
 )
 
-BLOCK = 128  # of K: one scale, one stage
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
 
 
@@ -54,15 +53,10 @@ class _Gemm:
         return extent(self.tile, self.n, BLOCK if self.kind == "k_grouped" else self.blocks)
 
     @property
-    def scale_width(self) -> int:
-        """Columns of a product that are sure to share a scale of B."""
-        return math.gcd(self.tile.n, BLOCK) if self.scale_blocks else self.tile.n
-
-    @property
     def piece(self) -> int:
-        return math.gcd(
-            self.tile.piece(self.n, self.out_dtype, self.kind == "grouped"), self.scale_width
-        )
+        """Columns of one store: the sums come in pieces that share a scale of B."""
+        piece = self.tile.piece(self.n, self.out_dtype, self.kind == "grouped")
+        return math.gcd(piece, BLOCK) if self.scale_blocks else piece
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         if self.kind == "dense":
@@ -75,25 +69,12 @@ class _Gemm:
     def b_group(self, work: Work) -> Scalar:
         return work.group if self.kind in ("grouped", "masked") else 0
 
-    def through(self, work: Work, step: Scalar, body: Callable[..., Any], carry: Any) -> Any:
-        """Call `body(first block, stages, carry)` for every `depth` blocks of the work."""
-        depth = self.tile.depth
-
-        def some(i: Scalar, carry: Any) -> Any:
-            first = i * depth
-            stages = [lax.rem(step + first + d, jnp.int32(self.tile.stages)) for d in range(depth)]
-            return body(first, stages, carry)
-
-        return lax.fori_loop(0, lax.div(work.blocks, jnp.int32(depth)), some, carry)
-
     def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar:
         tile = self.tile
         row, col = corner(self.tile, work)
         a_group = work.group if self.kind == "masked" else 0
 
-        def body(i: Scalar, _: None) -> None:
-            slot = lax.rem(step + i, jnp.int32(tile.stages))
-
+        def body(i: Scalar, slot: Scalar) -> Scalar:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
@@ -103,85 +84,37 @@ class _Gemm:
             ms, ns, ks = pl.ds(row, tile.height), pl.ds(col, tile.width), pl.ds(at * BLOCK, BLOCK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs.full.at[slot])
             copy(refs.a.at[a_group, ms, ks], refs.a_smem.at[slot],
-                 collective_axes="pair" if tile.shares_a else None)  # fmt: skip
+                 collective_axes="beside" if tile.beside > 1 else None)  # fmt: skip
             copy(refs.b.at[self.b_group(work), ns, ks], refs.b_smem.at[slot],
-                 collective_axes="pair" if tile.shares_b else None)  # fmt: skip
+                 collective_axes="below" if tile.below > 1 else None)  # fmt: skip
             scale_rows = pl.ds(a_group * self.rows + row, tile.height)
             copy(refs.a_scale.at[at, scale_rows], refs.a_scale_smem.at[slot])
             if not self.scale_blocks:
                 copy(refs.b_scale.at[at, ns], refs.b_scale_smem.at[slot])
+            return tile.slot(slot + 1)
 
-        lax.fori_loop(0, work.blocks, body, None)
+        lax.fori_loop(0, work.blocks, body, lax.rem(step, jnp.int32(tile.stages)))
         return step + work.blocks
-
-    def block_scales(self, refs: Refs, work: Work, col: Scalar, i: Scalar) -> tuple[Scalar, ...]:
-        """B's scales of block i, one for each `scale_width` columns of the tile."""
-        if not self.scale_blocks:
-            return ()
-        width, step = self.tile.width, self.scale_width
-        at = work.first_block + lax.min(i, work.blocks - 1)
-        first, last = lax.div(col, jnp.int32(BLOCK)), jnp.int32(self.scale_blocks - 1)
-        count = (BLOCK - step + width - 1) // BLOCK + 1
-        found = [refs.b_scale[self.b_group(work), lax.min(first + j, last), at]
-                 for j in range(count)]  # fmt: skip
-        if width % BLOCK == 0 or count == 1:
-            return tuple(found[c // BLOCK] for c in range(0, width, step))
-        lead = lax.rem(col, jnp.int32(BLOCK))
-        scales = []
-        for c in range(0, width, step):
-            scale = found[0]
-            for j in range(1, count):
-                scale = lax.select(lead + c >= j * BLOCK, found[j], scale)
-            scales.append(scale)
-        return tuple(scales)
-
-    def row_scales(self, refs: Refs, wg: Scalar, slot: Scalar) -> tuple[jax.Array, ...]:
-        """Wait for a stage; its scales of A for each product down."""
-        plgpu.barrier_wait(refs.full.at[slot])
-        rows = [pl.ds(wg * self.tile.rows + d * ROWS, ROWS) for d in range(self.tile.down)]
-        layout = plgpu.Layout.WGMMA.reduce(1)
-        return tuple(plgpu.load(refs.a_scale_smem.at[slot, r], layout=layout) for r in rows)
 
     def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar:
         tile = self.tile
         row, col = corner(self.tile, work)
         row += wg * tile.rows
+        rounds = Rounds(tile, refs, wg, work, col, self.b_group(work), self.scale_blocks)
 
         def skip() -> None:
-            def body(_: Scalar, stages: list, carry: None) -> None:
-                for slot in stages:
-                    plgpu.barrier_wait(refs.full.at[slot])
-                    plgpu.barrier_arrive(refs.empty.at[slot])
+            def body(_: Scalar, slot: Scalar) -> Scalar:
+                plgpu.barrier_wait(refs.full.at[slot])
+                plgpu.barrier_arrive(refs.empty.at[slot])
+                return tile.slot(slot + 1)
 
-            self.through(work, step, body, None)
-
-        def body(first: Scalar, stages: list, carry: tuple) -> tuple:
-            sums, a_now, b_now = carry
-            then = first + tile.depth
-
-            def ahead() -> tuple[tuple, tuple]:
-                """While products are in flight: the scales for the next round."""
-                b_next = tuple(
-                    self.block_scales(refs, work, col, then + d) for d in range(tile.depth)
-                )
-                slot = lax.rem(step + then, jnp.int32(tile.stages))
-                read = functools.partial(self.row_scales, refs, wg, slot)
-                return lax.cond(then < work.blocks, read, lambda: a_now), b_next
-
-            product = self.one_product if len(sums) == 1 else self.several_products
-            sums, scales = product(refs, wg, stages, sums, a_now, b_now, ahead)
-            return sums, *scales
+            lax.fori_loop(0, work.blocks, body, lax.rem(step, jnp.int32(tile.stages)))
 
         def compute() -> None:
-            sums = self.zeros()
-            b_now = tuple(self.block_scales(refs, work, col, d) for d in range(tile.depth))
-            first = lax.rem(step, jnp.int32(tile.stages))
-            carry = sums, self.row_scales(refs, wg, first), b_now
-            sums, *_ = self.through(work, step, body, carry)
-            self.store(refs, wg, work, row, col, sums)
+            self.store(refs, wg, work, row, col, rounds.sums(step))
 
         def nothing() -> None:
-            self.store(refs, wg, work, row, col, self.zeros())
+            self.store(refs, wg, work, row, col, rounds.zeros())
 
         if self.kind == "k_grouped":
             lax.cond(work.blocks > 0, compute, nothing)
@@ -189,104 +122,8 @@ class _Gemm:
             lax.cond(work.end > row, compute, skip)
         return step + work.blocks
 
-    def zeros(self) -> tuple[tuple[jax.Array, ...], ...]:
-        """Sums of every product, in pieces of `scale_width` columns."""
-        zero = jnp.zeros((ROWS, self.scale_width), jnp.float32)
-        piece = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-        return ((piece,) * (self.tile.n // self.scale_width),) * (self.tile.down * self.tile.across)
-
-    def issue(self, refs: Refs, wg: Scalar, slot: Scalar, place: int, acc: Any) -> None:
-        tile = self.tile
-        a_rows = pl.ds(wg * tile.rows + place // tile.across * ROWS, ROWS)
-        b_rows = pl.ds(place % tile.across * tile.n, tile.n)
-        plgpu.wgmma(acc, refs.a_smem.at[slot, a_rows], refs.b_smem.at[slot, b_rows].T)
-
-    def promote(
-        self, sums: tuple, fresh: jax.Array, a_scale: jax.Array, b_scales: tuple, b_rows: Any
-    ) -> tuple[jax.Array, ...]:
-        """The sums with a fresh product times its scales added."""
-        width = self.scale_width
-        new = []
-        for at, total in enumerate(sums):
-            part = fresh if len(sums) == 1 else fresh[:, at * width : (at + 1) * width]
-            scale = a_scale
-            if b_rows is None:
-                scale = scale * b_scales[at]
-            else:
-                part = part * lax.broadcast_in_dim(b_rows, part.shape, [1])
-            new.append(total + part * lax.broadcast_in_dim(scale, part.shape, [0]))
-        return tuple(new)
-
-    def one_product(
-        self, refs: Refs, wg: Scalar, stages: list, sums: tuple, a_now: tuple, b_now: tuple,
-        ahead: Callable[[], tuple],
-    ) -> tuple[tuple, tuple]:  # fmt: skip
-        """Several blocks of K in flight, each in an accumulator of its own."""
-
-        def products(*accs: Any) -> tuple[tuple, tuple]:
-            a_scales, b_rows = [], []
-            for d, (slot, acc) in enumerate(zip(stages, accs, strict=True)):
-                a_scales.append((a_now if d == 0 else self.row_scales(refs, wg, slot))[0])
-                columns = plgpu.Layout.WGMMA.reduce(0)
-                b_rows.append(
-                    None if self.scale_blocks
-                    else plgpu.load(refs.b_scale_smem.at[slot], layout=columns)
-                )  # fmt: skip
-                self.issue(refs, wg, slot, 0, acc)
-            scales = ahead()
-            (total,) = sums
-            for d, (slot, acc) in enumerate(zip(stages, accs, strict=True)):
-                fresh = plgpu.wgmma_accumulator_load(acc, wait_n=len(stages) - 1 - d)
-                plgpu.barrier_arrive(refs.empty.at[slot])
-                total = self.promote(total, fresh, a_scales[d], b_now[d], b_rows[d])
-            return (total,), scales
-
-        acc = plgpu.ACC((ROWS, self.tile.n), jnp.float32)
-        return pl.run_scoped(products, *(acc,) * len(stages))
-
-    def several_products(
-        self, refs: Refs, wg: Scalar, stages: list, sums: tuple, a_now: tuple, b_now: tuple,
-        ahead: Callable[[], tuple],
-    ) -> tuple[tuple, tuple]:  # fmt: skip
-        """Products one after another, each in the same accumulator."""
-        (slot,), (b_scales,) = stages, b_now
-        across, last = self.tile.across, len(sums) - 1
-        pieces = len(sums[0])
-
-        def product(at: int, acc: Any) -> tuple[tuple, tuple]:
-            self.issue(refs, wg, slot, at, acc)
-            scales = ahead() if at == last else (a_now, b_now)
-            fresh = acc[...]
-            if at == last:
-                plgpu.barrier_arrive(refs.empty.at[slot])
-            first = at % across * pieces
-            b_scale = b_scales[first : first + pieces]
-            return self.promote(sums[at], fresh, a_now[at // across], b_scale, None), scales
-
-        done: tuple = ()
-        scales = a_now, b_now
-        for at in range(len(sums)):
-            # Scales are never this negative. The branch keeps ptxas from starting the next
-            # product before this one's accumulator is added up: registers lack for both.
-            done, new, scales = lax.cond(
-                b_scales[0] < -1e38,
-                lambda done=done, at=at: (
-                    *jax.tree.map(lambda x: x * 2, (done, sums[at])),
-                    (a_now, b_now),
-                ),
-                lambda done=done, at=at: (
-                    done,
-                    *pl.run_scoped(
-                        functools.partial(product, at),
-                        plgpu.ACC((ROWS, self.tile.n), jnp.float32),
-                    ),
-                ),
-            )
-            done = (*done, new)
-        return done, scales
-
     def store(
-        self, refs: Refs, wg: Scalar, work: Work, row: Scalar, col: Scalar, sums: tuple
+        self, refs: Refs, wg: Scalar, work: Work, row: Scalar, col: Scalar, sums: Sums
     ) -> None:
         tile = self.tile
         ragged = self.kind == "grouped"

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sm90_schedule import Scalar, Visit, Work
-from pallas_kernels.sm90_tile import Tile
+from pallas_kernels.sm90_tile import Tile, keep_row_major
 
 Refs = types.SimpleNamespace
 
@@ -42,7 +42,7 @@ def launch(
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         named = dict(zip((*given, "out"), refs, strict=True))
-        _run(gemm, Refs(**named, **scratch), interpret is None)
+        _run(gemm, Refs(**named, **scratch, on_device=interpret is None))
 
     return plgpu.kernel(
         kernel,
@@ -50,8 +50,8 @@ def launch(
         scratch_types=gemm.scratch(),
         grid=(slots,),
         grid_names=("slot",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("pair",) if tile.cluster > 1 else (),
+        cluster=tuple({"below": tile.below, "beside": tile.beside}[axis] for axis in tile.axes),
+        cluster_names=tile.axes,
         num_threads=tile.warpgroups + 1,
         thread_name="wg",
         kernel_name=name,
@@ -60,11 +60,11 @@ def launch(
     )(*given.values())
 
 
-def _run(gemm: Gemm, refs: Refs, on_device: bool) -> None:
+def _run(gemm: Gemm, refs: Refs) -> None:
     tile = gemm.tile
     wg = lax.axis_index("wg")
     sizes = getattr(refs, "sizes", None)
-    if on_device:  # the next kernel may start its own set-up while this one's last tiles run
+    if refs.on_device:  # the next kernel may start its own set-up while this one's last tiles run
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
@@ -72,6 +72,8 @@ def _run(gemm: Gemm, refs: Refs, on_device: bool) -> None:
     def _() -> None:
         if tile.registers:
             plgpu.set_max_registers(tile.registers[0], action="increase")
+        if hasattr(refs, "rows_smem"):
+            keep_row_major(refs.rows_smem.at[wg])
         gemm.walk(sizes, lambda work, step: gemm.multiply(refs, wg, work, step))
         plgpu.wait_smem_to_gmem(0)
 

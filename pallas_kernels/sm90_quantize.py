@@ -23,6 +23,7 @@ from jax.extend import backend
 
 from pallas_kernels.checks import E4M3, ceil_div
 from pallas_kernels.quantize import TILE, tile_scale
+from pallas_kernels.sm90_tile import keep_row_major, store_row
 
 WARPS, LANES = 4, 32
 SMEM_OF_SM, SMEM_RESERVED = 228 << 10, 5 << 10  # the latter a CTA: the driver's, barriers, scratch
@@ -81,7 +82,8 @@ def _rows(
             loaded = [plgpu.load(x_s.at[slot, part], layout=layout) for part in range(parts)]
             refill()
             q, scale = quantize_rows(combine(loaded), line_s, layout, power_of_two)
-            store_tile(q, q_s, q_ref.at[pl.ds(row, TILE), pl.ds(col * TILE, TILE)])
+            write_tile(q, q_s)
+            plgpu.copy_smem_to_gmem(q_s, q_ref.at[pl.ds(row, TILE), pl.ds(col * TILE, TILE)])
             store_line(
                 scale, line_s.at[0], lax.min(jnp.int32(TILE), m - row),
                 lambda start, size: scale_ref.at[col, pl.ds(row + start, size)],
@@ -130,7 +132,10 @@ def blocks(
             x = plgpu.load(x_s.at[slot], layout=layout)
             refill()
             q, scale = quantize_rows(x, line_s, layout, power_of_two, alike=True)
-            store_tile(q, q_s, block(q_ref, place))
+            group, row, col = place
+            valid = lax.min(jnp.int32(TILE), n - row * TILE)
+            write_tile(q, q_s)
+            store_rows(q_s, valid, q_ref.at[group], row * TILE, col)
             line_s[0] = scale
             scale_ref[place] = line_s[0, 0]
 
@@ -171,12 +176,25 @@ def quantize_rows(
     return scaled.astype(E4M3), scale
 
 
-def store_tile(q: jax.Array, q_s: Any, out: Any) -> None:
-    """q goes through q_s to `out`, once earlier stores have left q_s."""
+def write_tile(q: jax.Array, q_s: Any) -> None:
+    """q in q_s, ready to be copied, once earlier stores have left q_s."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     q_s[...] = q
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_s, out)
+
+
+def store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) -> None:
+    """The first `valid` rows of q_s to tile `col` of the rows from `start`, after a commit_smem."""
+
+    def store(first: Scalar, size: int) -> None:
+        if size == 1:
+            store_row(q_s, q_ref, first, start, col * TILE)
+            return
+        out = q_ref.at[pl.ds(start + first, size), pl.ds(col * TILE, TILE)]
+        plgpu.copy_smem_to_gmem(q_s.at[pl.ds(first, size)], out)
+
+    pl.when(valid == TILE)(lambda: store(0, TILE))
+    pl.when(valid < TILE)(lambda: pieces(valid, store))
 
 
 def store_line(
@@ -228,17 +246,6 @@ def piece_layout(size: int) -> Any:
     else:
         tiles, warps, lanes = ((size,), (1,)), (spare(WARPS),), (-2, spare(LANES // size))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), warps, lanes, -1)
-
-
-def keep_row_major(*refs: Any) -> None:
-    """Of shared memory [..., rows, 128]: Mosaic would tile it, and TMA then take only whole tiles
-    of the array. A strided store rules that out."""
-    for ref in refs:
-        rows = min(8, ref.shape[-2])
-        zeros = jnp.zeros((rows, TILE), ref.dtype)
-        strided = plgpu.Layout.WG_STRIDED((rows, TILE), rows)
-        ref[*(0,) * (len(ref.shape) - 2), pl.ds(0, rows)] = plgpu.layout_cast(zeros, strided)
-    plgpu.commit_smem()
 
 
 def launch(

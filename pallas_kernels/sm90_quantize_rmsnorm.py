@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3, ceil_div
 from pallas_kernels.quantize import TILE, scale_of
-from pallas_kernels.sm90_quantize import keep_row_major, launch, stream
+from pallas_kernels.sm90_quantize import launch, stream
+from pallas_kernels.sm90_tile import keep_row_major
 
 ROWS, TILES, PIECE = 2, 4, 8  # the layout's unit: 2 rows by 4 tiles, 8 elements a thread
 PART = plgpu.Layout.TILED(  # of [rows, tiles, 128]

@@ -22,18 +22,19 @@ from pallas_kernels.sm90_quantize import (
     LINE,
     STAGE_BYTES,
     Scalar,
-    keep_row_major,
     launch,
-    pieces,
     quantize_rows,
     rows_layout,
     stages_of,
     store_line,
+    store_rows,
     stream,
 )
+from pallas_kernels.sm90_tile import keep_row_major
 
 COLUMN = plgpu.Layout.TCGEN05_TMEM_NATIVE  # of [128, 128]: a row a thread, in pieces of that size
-FLOATS_A_ROW = 4  # TMA: rows of float32 are a whole number of 16 bytes
+FLOATS = 4  # in 16 bytes: TMA takes rows of whole 16 bytes, and starts within them at such
+SCALES = 160  # a stage of them: 128 and up to 3 before, in whole lines of 128 bytes
 Place = tuple[Scalar, Scalar, Scalar, Scalar]
 """Tile of 128 rows in the transposed form, tile of columns, its first row, how many are its own."""
 Cursor = tuple[Scalar, ...]
@@ -140,7 +141,7 @@ def both(
                 _clear_rows(x_s.at[slot], layout, valid)
             columns = _load_columns(x_s.at[slot])
             refill()
-            _store_rows(q_s, valid, q_ref, start, col)
+            store_rows(q_s, valid, q_ref, start, col)
             _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
 
         keep_row_major(x_s, q_s)
@@ -179,15 +180,18 @@ def requantize(
             rows = pl.ds(start, TILE)
             source = q_ref.at[rows, pl.ds(col * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, q_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(scale_ref.at[col, rows], scale_s.at[slot], full.at[slot])
+            scales = pl.ds(start - lax.rem(start, jnp.int32(FLOATS)), TILE + FLOATS)
+            part = scale_s.at[slot, pl.ds(0, TILE + FLOATS)]
+            plgpu.copy_gmem_to_smem(scale_ref.at[col, scales], part, full.at[slot])
 
         def work(place, slot, refill):
             plgpu.barrier_wait(full.at[slot])
             if sizes_ref:
                 _clear_rows(q_s.at[slot], layout, place[3])
-                _clear_rows(scale_s.at[slot], LINE, place[3])
+                _own_scales(scale_s.at[slot], line_s.at[1], place)
             columns = _load_columns(q_s.at[slot]).astype(jnp.float32)
-            scales = plgpu.load(scale_s.at[slot], layout=COLUMN(16).reduce(0), optimized=False)
+            scales = line_s.at[1] if sizes_ref else scale_s.at[slot, pl.ds(0, TILE)]
+            scales = plgpu.load(scales, layout=COLUMN(16).reduce(0), optimized=False)
             columns *= lax.broadcast_in_dim(scales, columns.shape, [1])
             refill()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -196,12 +200,12 @@ def requantize(
         keep_row_major(q_s)
         _stream(walk, stages, fetch, work, sizes_ref)
 
-    scale = jnp.pad(scale.T, ((0, 0), (0, -walk.m % FLOATS_A_ROW)))
+    scale = jnp.pad(scale.T, ((0, 0), (0, -walk.m % FLOATS)))
     q_t, scale_t = launch(
         body, q, scale, *_operands(sizes), name="requantize_transposed", units=walk.units, sms=sms,
         interpret=interpret, out=walk.transposed, most_ctas=3,
         smem=dict(
-            q_s=((stages, TILE, TILE), E4M3), scale_s=((stages, TILE), jnp.float32),
+            q_s=((stages, TILE, TILE), E4M3), scale_s=((stages, SCALES), jnp.float32),
             q_t_s=((TILE, TILE), E4M3), line_s=((2, TILE), jnp.float32),
         ),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -233,19 +237,17 @@ def _clear_rows(ref: Any, layout: Any, valid: Scalar) -> None:
         ref[...] = jnp.where(row < valid, values, jnp.zeros_like(values)).astype(ref.dtype)
 
 
+def _own_scales(fetched: Any, line: Any, place: Place) -> None:
+    """The tile's scales from those fetched, which start up to three before, and zeros."""
+    _, _, start, valid = place
+    own = fetched.at[pl.ds(lax.rem(start, jnp.int32(FLOATS)), TILE)]
+    row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LINE)
+    scales = plgpu.load(own, layout=LINE)
+    line[...] = jnp.where(row < valid, scales, jnp.zeros_like(scales))
+
+
 def _load_columns(ref: Any) -> jax.Array:
     return plgpu.layout_cast(plgpu.load(ref.T, layout=COLUMN(1)), COLUMN(16))
-
-
-def _store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) -> None:
-    """The first `valid` rows of q_s, after a commit_smem."""
-
-    def store(first: Scalar, size: int) -> None:
-        out = q_ref.at[pl.ds(start + first, size), pl.ds(col * TILE, TILE)]
-        plgpu.copy_smem_to_gmem(q_s.at[pl.ds(first, size)], out)
-
-    pl.when(valid == TILE)(lambda: store(0, TILE))
-    pl.when(valid < TILE)(lambda: pieces(valid, store))
 
 
 def _store_columns(

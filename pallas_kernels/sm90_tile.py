@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,11 @@ class Tile:
     """The output tile of an SM and the machinery around it.
 
     Each of `warpgroups` multiplies `down` x `across` products of 64 x `n`; `stages` of shared
-    memory hold operands in flight. `cluster` SMs side by side share A by TMA multicast inside the
-    card ("a": tiles next to one another, "b": below one another, which share B). `splits` cuts K,
-    each part with a float32 output of its own. `band` rows of tiles are walked together. `depth`
-    blocks of K are multiplied at a time, each into an accumulator of its own. `slots` of shared
-    memory hold output on its way out.
+    memory hold operands in flight. `beside` = 2 SMs with tiles next to one another share A, or
+    `below` = 2 with tiles below one another share B, by TMA multicast inside the card. `splits`
+    cuts K, each part with a float32 output of its own. `band` rows of tiles are walked together.
+    `depth` blocks of K are multiplied at a time, each into an accumulator of its own. `slots` of
+    shared memory hold output on its way out.
     """
 
     warpgroups: int
@@ -36,8 +36,8 @@ class Tile:
     stages: int
     down: int = 1
     across: int = 1
-    cluster: int = 1
-    share: Literal["a", "b"] = "a"
+    beside: int = 1
+    below: int = 1
     splits: int = 1
     band: int = 8
     depth: int = 1
@@ -57,12 +57,17 @@ class Tile:
         return self.n * self.across
 
     @property
-    def shares_a(self) -> bool:
-        return self.cluster > 1 and self.share == "a"
+    def cluster(self) -> int:
+        return self.beside * self.below
+
+    def slot(self, number: Scalar) -> Scalar:
+        """Of the stage with that number, less than twice round the ring."""
+        return lax.select(number >= self.stages, number - self.stages, number)
 
     @property
-    def shares_b(self) -> bool:
-        return self.cluster > 1 and self.share == "b"
+    def axes(self) -> tuple[str, ...]:
+        """Names of the cluster's axes."""
+        return ("below",) * (self.below > 1) + ("beside",) * (self.beside > 1)
 
     @property
     def registers(self) -> tuple[int, int] | None:
@@ -81,15 +86,30 @@ def line_of(dtype: Any) -> int:
     return SWIZZLE // jnp.dtype(dtype).itemsize
 
 
+def transforms(columns: int, swizzle: int) -> tuple[Any, Any]:
+    """Of shared memory in tiles of 8 rows of so many columns, swizzled over as many bytes."""
+    return (
+        plgpu.TilingTransform((8, columns)),  # ty: ignore[abstract-class-instantiation]
+        plgpu.SwizzleTransform(swizzle),  # ty: ignore[abstract-class-instantiation]
+    )
+
+
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory as TMA and WGMMA like it: tiles of 8 rows, swizzled over their bytes."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
-    transforms = (
-        plgpu.TilingTransform((8, swizzle // size)),  # ty: ignore[abstract-class-instantiation]
-        plgpu.SwizzleTransform(swizzle),  # ty: ignore[abstract-class-instantiation]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms(swizzle // size, swizzle))
+
+
+def keep_row_major(*refs: Any) -> None:
+    """Of shared memory [..., rows, columns]: Mosaic would tile it, and TMA then take only whole
+    tiles of the array. A strided store rules that out."""
+    for ref in refs:
+        shape = (min(8, ref.shape[-2]), ref.shape[-1])
+        strided = plgpu.Layout.WG_STRIDED(shape, shape[0] * shape[1] // 128)
+        first = (0,) * (len(ref.shape) - 2)
+        ref[*first, pl.ds(0, shape[0])] = plgpu.layout_cast(jnp.zeros(shape, ref.dtype), strided)
+    plgpu.commit_smem()
 
 
 def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
@@ -97,15 +117,15 @@ def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
     if tile.cluster == 1:
         return plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages)
     return plgpu.ClusterBarrier(
-        collective_axes=("pair",), num_arrivals=tile.warpgroups, num_barriers=tile.stages
+        collective_axes=tile.axes, num_arrivals=tile.warpgroups, num_barriers=tile.stages
     )
 
 
 def extent(tile: Tile, n: int, blocks: int) -> Extent:
     """What a walk over a cluster's tiles needs to know."""
     return Extent(
-        rows=tile.height * (tile.cluster if tile.shares_b else 1),
-        cols=tile.width * (tile.cluster if tile.shares_a else 1),
+        rows=tile.height * tile.below,
+        cols=tile.width * tile.beside,
         n=n,
         blocks=blocks,
         band=tile.band,
@@ -114,12 +134,12 @@ def extent(tile: Tile, n: int, blocks: int) -> Extent:
 
 def corner(tile: Tile, work: Work) -> tuple[Scalar, Scalar]:
     """(row, column) of this SM's tile within its cluster's."""
-    if tile.cluster == 1:
-        return work.row, work.col
-    other = lax.axis_index("pair")
-    if tile.shares_a:
-        return work.row, work.col + other * tile.width
-    return work.row + other * tile.height, work.col
+    row, col = work.row, work.col
+    if tile.below > 1:
+        row += lax.axis_index("below") * tile.height
+    if tile.beside > 1:
+        col += lax.axis_index("beside") * tile.width
+    return row, col
 
 
 def store(
@@ -194,18 +214,45 @@ def _store_rows(
 ) -> None:
     """Rows [low, high) of 64: as many copies as the count has bits, each of static size."""
     count = high - low
+    line = parts[0].shape[1]
+
+    def copies(left: Scalar) -> None:
+        for size in (32, 16, 8, 4, 2):
+
+            @pl.when((count & size) != 0)
+            def _(size: int = size) -> None:
+                first = low + (count & (ROWS - 2 * size))  # after the larger copies
+                rows, cols = pl.ds(row + first, size), pl.ds(left, line)
+                plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], out.at[rows, cols])
+
+        pl.when((count & 1) != 0)(lambda: store_row(smem, out, high - 1, row, left))
+
     for at, part in enumerate(parts):
+        left = col + at * line
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem[...] = part
         plgpu.commit_smem()
-        cols = pl.ds(col + at * part.shape[1], part.shape[1])
-        for size in (32, 16, 8, 4, 2, 1):
-
-            @pl.when((count & size) != 0)
-            def _(size: int = size, cols: Any = cols) -> None:
-                first = low + (count & (ROWS - 2 * size))  # after the larger copies
-                plgpu.copy_smem_to_gmem(
-                    smem.at[pl.ds(first, size)], out.at[pl.ds(row + first, size), cols]
-                )
-
+        pl.when(left < out.shape[1])(functools.partial(copies, left))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> None:
+    """Row `which` of smem to columns `col` on of row `row + which` of `out`, as far as those reach.
+
+    What lies in one run in `out`, as a single row does, Mosaic copies as a run of bytes: nothing
+    clips those at the end of a row.
+    """
+    line, least = smem.shape[1], 16 // smem.dtype.itemsize
+    width = lax.clamp(jnp.int32(0), out.shape[1] - col, jnp.int32(line))
+    size = line
+    while size >= least:
+
+        @pl.when((width & size) != 0)
+        def _(size: int = size) -> None:
+            first = width & (2 * line - 2 * size)  # after the larger copies
+            plgpu.copy_smem_to_gmem(
+                smem.at[pl.ds(which, 1), pl.ds(first, size)],
+                out.at[pl.ds(row + which, 1), pl.ds(col + first, size)],
+            )
+
+        size //= 2

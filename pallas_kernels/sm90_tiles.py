@@ -23,18 +23,18 @@ class Costed:
 
 
 LARGE = (
-    Costed(Tile(2, 128, 4, down=2, cluster=2), 1290, 2500),
-    Costed(Tile(3, 128, 4, cluster=2, slots=2), 985, 1800),
-    Costed(Tile(2, 192, 4, cluster=2, share="b"), 975, 2000),
+    Costed(Tile(2, 128, 3, down=2, beside=2, slots=4), 1140, 2500),
+    Costed(Tile(3, 128, 4, beside=2, slots=2), 985, 1800),
+    Costed(Tile(2, 192, 4, below=2), 975, 2000),
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
 )
 GROUPED = (
-    Costed(Tile(2, 128, 4, down=2, cluster=2), 1290, 2500),
-    Costed(Tile(3, 128, 4, cluster=2), 985, 1800),
+    Costed(Tile(2, 128, 4, down=2, beside=2), 1140, 2500),
+    Costed(Tile(3, 128, 4, beside=2), 985, 1800),
     Costed(Tile(2, 128, 5, depth=2), 700, 1500),
 )
 MASKED = (
-    Costed(Tile(2, 128, 4, down=2), 1290, 2500),
+    Costed(Tile(2, 128, 4, down=2), 1140, 2500),
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
     Costed(Tile(1, 64, 12, depth=2), 330, 1000),
 )
@@ -48,8 +48,7 @@ def _fits(tile: Tile, blocks: int) -> Tile:
 
 def _cycles(costed: Costed, m: int, n: int, blocks: int, groups: int, sms: int) -> float:
     tile = costed.tile
-    high = tile.height * (tile.cluster if tile.shares_b else 1)
-    wide = tile.width * (tile.cluster if tile.shares_a else 1)
+    high, wide = tile.height * tile.below, tile.width * tile.beside
     waves = groups * -(-m // high) * -(-n // wide) / (sms // tile.cluster)
     # Half a missing wave: the card is short of power, and idle SMs leave theirs to the others.
     return (math.ceil(waves) + waves) / 2 * (blocks * costed.block + costed.epilogue)
@@ -75,7 +74,7 @@ def _thin(m: int, n: int, blocks: int, sms: int) -> Tile:
     if -(-n // 64) >= enough:
         return Tile(1, 64, 12, depth=2) if m <= 64 else Tile(2, 64, 8, depth=2)
     if m > 64 and -(-n // 64) * 2 >= enough:
-        return Tile(1, 64, 12, cluster=2, share="b", depth=4)
+        return Tile(1, 64, 12, below=2, depth=4)
     tiles = -(-n // 64)
     splits = max(
         (s for s in range(1, max(sms // tiles, 1) + 1) if blocks % (2 * s) == 0), default=1
@@ -96,7 +95,7 @@ def masked(m: int, n: int, blocks: int, groups: int, sms: int = SMS) -> Tile:
 
 
 BF16 = (
-    Costed(Tile(2, 256, 4, cluster=2, share="b"), 600, 1500),
+    Costed(Tile(2, 256, 4, below=2), 600, 1500),
     Costed(Tile(2, 128, 6), 310, 800),
     Costed(Tile(1, 128, 8), 170, 500),
 )

@@ -26,7 +26,7 @@ FP8_SUMS, BF16_SUMS, BF16_ROUNDING = 1e-3, 5e-5, 3e-3
 """Relative error that a kernel may have: float32 out of FP8 or BF16 operands, bfloat16 out."""
 
 ROWS, WIDTHS, DEPTHS = [1, 7, 64, 130, 1000], [8, 72, 576, 1024], [16, 128, 144, 1536]
-NARROW_AND_WIDE = [(8, 16), (72, 144), (576, 1536), (1024, 128)]
+NARROW_AND_WIDE = [(8, 16), (64, 144), (72, 144), (576, 1536), (1024, 128)]
 SIZES = [
     [300, 0, 1, 723],
     [0, 0, 0, 1024],

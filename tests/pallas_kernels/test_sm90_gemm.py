@@ -3,12 +3,13 @@
 import contextlib
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import sm90_tiles
+from pallas_kernels import sm90_gemm, sm90_tiles
 from pallas_kernels.sm90_bf16_gemm import bf16_gemm
 from pallas_kernels.sm90_bf16_wgrad import bf16_grouped_wgrad
 from pallas_kernels.sm90_fp8_gemm import fp8_gemm
@@ -60,12 +61,12 @@ def by_block(q, scale):
 
 
 DENSE = {
-    "large": Tile(2, 128, 2, down=2, cluster=2),
-    "three warpgroups": Tile(3, 128, 2, cluster=2, slots=2),
-    "scales within a product": Tile(2, 192, 2, cluster=2, share="b"),
+    "large": Tile(2, 128, 2, down=2, beside=2),
+    "three warpgroups": Tile(3, 128, 2, beside=2, slots=2),
+    "scales within a product": Tile(2, 192, 2, below=2),
     "several blocks at once": Tile(2, 128, 3, depth=2),
     "thin": Tile(1, 64, 4, depth=2),
-    "thin and shared": Tile(1, 64, 5, cluster=2, share="b", depth=4),
+    "thin and shared": Tile(1, 64, 5, below=2, depth=4),
     "thin and wide": Tile(1, 192, 2, slots=3),
     "thin and split": Tile(1, 64, 3, depth=2, splits=2),
     "odd width": Tile(2, 112, 2),
@@ -85,7 +86,7 @@ def test_fp8_dense(tile):
     assert apart(out.sum(0), by_row(a[0], a_scale) @ by_block(b[0], b_scale[0]).T) < SUMS
 
 
-@pytest.mark.parametrize("tile", [DENSE["large"], Tile(3, 128, 2, cluster=2), Tile(2, 128, 2)])
+@pytest.mark.parametrize("tile", [DENSE["large"], Tile(3, 128, 2, beside=2), Tile(2, 128, 2)])
 def test_fp8_grouped(tile):
     rng = np.random.default_rng(1)
     n, k = 144, 256
@@ -139,9 +140,7 @@ def test_fp8_wgrad_of_groups(sizes):
         first += count
 
 
-@pytest.mark.parametrize(
-    "tile", [Tile(2, 256, 2, cluster=2, share="b"), Tile(2, 128, 3), Tile(1, 128, 3)]
-)
+@pytest.mark.parametrize("tile", [Tile(2, 256, 2, below=2), Tile(2, 128, 3), Tile(1, 128, 3)])
 def test_bf16(tile):
     rng = np.random.default_rng(4)
     m, n, k = sum(GROUPS) + 4, 272, 192
@@ -189,3 +188,37 @@ def test_tiles_fit_the_problem(m, n, k):
     assert dense == sm90_tiles.dense(m, n, blocks)
     for choose in (sm90_tiles.grouped, sm90_tiles.masked):
         assert blocks % choose(m, n, blocks, 8).depth == 0
+
+
+def shape(*sizes, dtype=jnp.float8_e4m3fn):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "blocks"),
+    [(1, 64, 1), (64, 7168, 128), (64, 24576, 12), (128, 4096, 56), (4096, 2112, 56),
+     (4096, 7168, 128)],
+)  # fmt: skip
+def test_dense_lowers_for_cuda(m, n, blocks):
+    """The interpreter looks neither at layouts nor at how much shared memory there is, and makes
+    products in another way."""
+    scales = shape(m, blocks, dtype=jnp.float32), shape(-(-n // 128), blocks, dtype=jnp.float32)
+    a, b = shape(m, blocks * 128), shape(n, blocks * 128)
+    traced = sm90_gemm.fp8_dense.trace(a, scales[0], b, scales[1], jnp.bfloat16)
+    traced.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(16, jnp.bfloat16), (80, jnp.float32), (1024, jnp.bfloat16)]
+)
+def test_groups_lower_for_cuda(n, dtype):
+    counts, f32 = shape(4, dtype=jnp.int32), jnp.float32
+    b, b_scale = shape(4, n, 256), shape(4, -(-n // 128), 2, dtype=f32)
+    grouped = shape(1000, 256), shape(1000, 2, dtype=f32), b, b_scale, counts, dtype
+    masked = shape(4, 256, 256), shape(4, 256, 2, dtype=f32), b, b_scale, counts, dtype
+    rows = shape(1000, 256, dtype=jnp.bfloat16), shape(4, n, 256, dtype=jnp.bfloat16), counts, dtype
+    for function, operands in (
+        (sm90_gemm.fp8_grouped, grouped), (sm90_gemm.fp8_masked, masked),
+        (sm90_gemm.bf16_grouped, rows),
+    ):  # fmt: skip
+        function.trace(*operands).lower(lowering_platforms=("cuda",))

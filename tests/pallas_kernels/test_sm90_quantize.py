@@ -214,7 +214,7 @@ def on_card(function, *operands, rows=None, **options):
     return found, reference(function, *operands, **options)
 
 
-CARD_SHAPES = [(1, 32), (300, 1040), (1000, 7168), (4099, 2080)]
+CARD_SHAPES = [(1, 32), (300, 1040), (133, 128), (1000, 7168), (4099, 2080)]
 KINDS = [(jnp.bfloat16, False), (jnp.bfloat16, True), (jnp.float32, False)]
 on_shapes = pytest.mark.parametrize("shape", CARD_SHAPES)
 of_kinds = pytest.mark.parametrize(("dtype", "power_of_two"), KINDS)
@@ -233,7 +233,7 @@ def test_card_rows_and_columns(shape, dtype, power_of_two):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(16, 16), (2, 300, 1040), (3, 5, 576, 7168)])
+@pytest.mark.parametrize("shape", [(16, 16), (2, 300, 1040), (3, 300, 128), (3, 5, 576, 7168)])
 @of_kinds
 def test_card_blocks(shape, dtype, power_of_two):
     w = np.array(draw(shape))
@@ -244,8 +244,8 @@ def test_card_blocks(shape, dtype, power_of_two):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "dtype", "k"),
-    [*((name, jnp.bfloat16, 144) for name in GROUPS), ("many", jnp.bfloat16, 2048),
-     ("many", jnp.float32, 1040)],
+    [*((name, jnp.bfloat16, k) for name in GROUPS for k in (128, 144)),
+     ("many", jnp.bfloat16, 2048), ("many", jnp.float32, 1040)],
 )  # fmt: skip
 def test_card_groups(name, dtype, k):
     sizes = GROUPS.get(name) or np.random.default_rng(0).integers(0, 400, 64).tolist()
