@@ -100,7 +100,7 @@ class _Gemm:
         tile = self.tile
         row, col = corner(self.tile, work)
         row += wg * tile.rows
-        rounds = Rounds(tile, refs, wg, work, col, self.b_group(work), self.scale_blocks)
+        rounds = Rounds(tile, refs, wg, work, row, col, self.b_group(work), self.scale_blocks)
 
         def skip() -> None:
             def body(_: Scalar, slot: Scalar) -> Scalar:
@@ -114,7 +114,7 @@ class _Gemm:
             self.store(refs, wg, work, row, col, rounds.sums(step))
 
         def nothing() -> None:
-            self.store(refs, wg, work, row, col, rounds.zeros())
+            self.store(refs, wg, work, row, col, rounds.initial())
 
         if self.kind == "k_grouped":
             lax.cond(work.blocks > 0, compute, nothing)
@@ -162,6 +162,7 @@ def fp8_gemm(
     b: jax.Array,
     b_scale: jax.Array,
     sizes: jax.Array | None,
+    init: jax.Array | None = None,
     *,
     kind: Kind,
     tile: Tile,
@@ -173,7 +174,8 @@ def fp8_gemm(
 
     a [1, M, K] (masked: [groups, M, K]), a_scale [K / 128, groups * M]; b [groups, N, K] with
     b_scale [groups, N / 128, K / 128], a scale a block, or [K / 128, N], one a row. M and N are
-    multiples of 8 and 16 (or M < 8), K of 128, the scales' rows of 16 bytes.
+    multiples of 8 and 16 (or M < 8), K of 128, the scales' rows of 16 bytes. The output is added
+    to `init`, which is as large but for M and N made up to whole tiles.
     """
     (_, rows, k), (groups, n, _) = a.shape, b.shape
     by_block = b_scale.ndim == 3
@@ -190,6 +192,6 @@ def fp8_gemm(
     )
     return launch(
         gemm, f"fp8_gemm_{kind}",
-        dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes),
+        dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes, init=init),
         jax.ShapeDtypeStruct((outs, rows, n), out_dtype), slots, interpret,
     )  # fmt: skip

@@ -44,6 +44,7 @@ class Rounds:
     refs: Refs
     wg: Scalar
     work: Work
+    row: Scalar  # the warpgroup's first
     col: Scalar
     b_group: Scalar
     scale_blocks: int  # of B along N; 0 where B has a scale a row
@@ -56,6 +57,21 @@ class Rounds:
     def piece(self) -> int:
         """Columns of a product that are sure to share a scale of B."""
         return math.gcd(self.tile.n, BLOCK) if self.scale_blocks else self.tile.n
+
+    def initial(self) -> Sums:
+        """Zeros, or what the sums are to be added to."""
+        if not hasattr(self.refs, "init"):
+            return self.zeros()
+        init = self.refs.init.at[self.work.group]
+        sums = []
+        for at in range(self.tile.down * self.tile.across):
+            down, right = divmod(at, self.tile.across)
+            rows = pl.ds(self.row + down * ROWS, ROWS)
+            columns = range(right * self.tile.n, (right + 1) * self.tile.n, self.piece)
+            parts = (init.at[rows, pl.ds(self.col + first, self.piece)] for first in columns)
+            layout = plgpu.Layout.WGMMA
+            sums.append(tuple(plgpu.load(p, layout=layout, optimized=False) for p in parts))
+        return tuple(sums)
 
     def zeros(self) -> Sums:
         zero = plgpu.layout_cast(jnp.zeros((ROWS, self.piece), jnp.float32), plgpu.Layout.WGMMA)
@@ -77,7 +93,7 @@ class Rounds:
             return after, *run(slots, sums, accs, ready, ahead)
 
         count = lax.div(self.work.blocks, jnp.int32(depth))
-        carry = slot, self.zeros(), (acc,) * depth, ready
+        carry = slot, self.initial(), (acc,) * depth, ready
         return lax.fori_loop(0, count, some, carry)[1]
 
     def ahead(self, first: Scalar, slot: Scalar, ready: Ready) -> Ready:

@@ -110,10 +110,10 @@ def fp8_wgrad(
     rows, cols, depth = _rows(m), _up(n, 8), _up(k, BLOCK)
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
-        _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols), None,
+        _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols), None, _init(accumulate),
         kind="dense", tile=sm90_tiles.BY_ROW, out_dtype=jnp.float32, sms=SMS,
-    )[0, :m, :n]  # fmt: skip
-    return out if accumulate is None else accumulate + out
+    )  # fmt: skip
+    return out[0, :m, :n]
 
 
 @jax.jit
@@ -125,10 +125,19 @@ def fp8_grouped_wgrad(
     rows, cols = _rows(m), _up(n, 8)
     out = fp8_gemm(
         _pad(a, rows=rows)[None], _row_scales(a_scale, rows),
-        _pad(b, rows=cols)[None], _row_scales(b_scale, cols), sizes,
+        _pad(b, rows=cols)[None], _row_scales(b_scale, cols), sizes, _init(accumulate),
         kind="k_grouped", tile=sm90_tiles.BY_ROW, out_dtype=jnp.float32, sms=SMS,
-    )[:, :m, :n]  # fmt: skip
-    return out if accumulate is None else accumulate + out
+    )  # fmt: skip
+    return out[:, :m, :n]
+
+
+def _init(accumulate: jax.Array | None) -> jax.Array | None:
+    """[groups, M, N] or [M, N] in whole tiles: those that are not cost a copy."""
+    if accumulate is None:
+        return None
+    tile = sm90_tiles.BY_ROW
+    rows, cols = _up(accumulate.shape[-2], tile.height), _up(accumulate.shape[-1], tile.width)
+    return _pad(accumulate, rows=rows, cols=cols).reshape(-1, rows, cols)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.mosaic.gpu.utils import arith, ir, llvm, nvvm
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pallas_kernels.sm90_tile import transforms
 

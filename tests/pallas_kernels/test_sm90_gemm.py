@@ -121,23 +121,40 @@ def test_fp8_masked():
 
 
 @pytest.mark.parametrize("sizes", [[70, 0, 200, 1], [0, 0, 0, 0], [512, 0, 0, 0]])
-def test_fp8_wgrad_of_groups(sizes):
+@pytest.mark.parametrize("more", [False, True])
+def test_fp8_wgrad_of_groups(sizes, more):
     rng = np.random.default_rng(3)
     m, n, k = 72, 136, 640
     a, b = e4m3(rng, 1, m, k), e4m3(rng, 1, n, k)
     a_scale, b_scale = scales(rng, k // 128, m), scales(rng, k // 128, n)
     blocks = [-(-size // 128) for size in sizes]
     a_scale = a_scale.at[sum(blocks) :].set(jnp.nan)
+    init = draw(rng, len(sizes), 128, 256) if more else None
     out = interpreted(
-        fp8_gemm, a, a_scale, b, b_scale, jnp.array(sizes, jnp.int32), tile=sm90_tiles.BY_ROW,
-        kind="k_grouped", out_dtype=jnp.float32,
+        fp8_gemm, a, a_scale, b, b_scale, jnp.array(sizes, jnp.int32), init,
+        tile=sm90_tiles.BY_ROW, kind="k_grouped", out_dtype=jnp.float32,
     )  # fmt: skip
     left, right = by_row(a[0], a_scale), by_row(b[0], b_scale)
     first = 0
     for group, count in enumerate(blocks):
         columns = slice(first * 128, (first + count) * 128)
-        assert apart(out[group], left[:, columns] @ right[:, columns].T) < SUMS
+        expected = left[:, columns] @ right[:, columns].T
+        expected += np.asarray(init[group, :m, :n], np.float64) if more else 0
+        assert apart(out[group], expected) < SUMS
         first += count
+
+
+def test_fp8_wgrad_adds_to_what_is_there():
+    rng = np.random.default_rng(6)
+    m, n, k = 200, 136, 256
+    a, b, init = e4m3(rng, 1, m, k), e4m3(rng, 1, n, k), draw(rng, 1, 256, 256)
+    a_scale, b_scale = scales(rng, k // 128, m), scales(rng, k // 128, n)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, None, init, tile=sm90_tiles.BY_ROW, kind="dense",
+        out_dtype=jnp.float32,
+    )  # fmt: skip
+    expected = by_row(a[0], a_scale) @ by_row(b[0], b_scale).T
+    assert apart(out[0], expected + np.asarray(init[0, :m, :n], np.float64)) < SUMS
 
 
 @pytest.mark.parametrize("tile", [Tile(2, 256, 2, below=2), Tile(2, 128, 3), Tile(1, 128, 3)])
