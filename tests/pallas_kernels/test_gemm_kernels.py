@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import gemm_reference
 from pallas_kernels.bf16_gemm import (
@@ -94,6 +96,26 @@ def test_grouped(sizes, n, k):
     assert_agrees(bf16_grouped_gemm, operands, BF16_ROUNDING, used)
     operands = products.bf16_row_groups(sizes, m, k, n)
     assert_agrees(bf16_grouped_wgrad, operands, BF16_SUMS)
+
+
+@on_gpu
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 140), min_size=4, max_size=4))
+def test_groups_of_any_size(sizes):
+    """One program for all of them: sizes are data."""
+    m, used, there = 4 * 140, slice(sum(sizes)), counts(sizes)
+    operands = (*products.fp8_groups(m, 4, 136, 256), there)
+    assert_agrees(fp8_grouped_gemm, operands, BF16_ROUNDING, used)
+    operands = (*products.bf16_pair((m, 64), (4, 136, 64)), there)
+    assert_agrees(bf16_grouped_gemm, operands, BF16_ROUNDING, used)
+    assert_agrees(bf16_grouped_wgrad, products.bf16_row_groups(sizes, m, 64, 72), BF16_SUMS)
+
+
+@on_gpu
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 20))
+def test_any_shape(m, n, k):
+    assert_agrees(fp8_gemm, products.fp8_dense(m, 8 * n, 16 * k), BF16_ROUNDING)
 
 
 @on_gpu
