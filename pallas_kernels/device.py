@@ -16,3 +16,13 @@ def compute_capability() -> float:
 def is_hopper() -> bool:
     """Compute capability 9.0: the cards that have WGMMA and TMA as these kernels use them."""
     return compute_capability() == 9.0
+
+
+def require_hopper(backend: str) -> None:
+    """ValueError where that backend's kernels cannot run."""
+    if not is_hopper():
+        found = jax.devices()[0].device_kind
+        raise ValueError(
+            f"backend is {backend!r}: its kernels need a Hopper GPU (H100, H200), and this process "
+            f"has {found}; 'auto' takes what runs here"
+        )

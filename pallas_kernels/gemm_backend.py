@@ -10,17 +10,29 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.device import is_hopper
+from pallas_kernels.device import is_hopper, require_hopper
 
 Backend = Literal["auto", "mosaic_gpu", "reference"]
 BACKENDS = ("auto", "mosaic_gpu", "reference")
 
 
-def products(backend: Backend) -> ModuleType:
-    """`sm90_gemm` or `gemm_reference`: they hold functions of the same names and arguments."""
+def check(backend: Backend) -> None:
+    """ValueError unless there is such a backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "mosaic_gpu" or (backend == "auto" and is_hopper()):
+
+
+def takes_kernels(backend: Backend) -> bool:
+    """Whether kernels for Hopper run; ValueError where they are asked for and cannot."""
+    check(backend)
+    if backend == "mosaic_gpu":
+        require_hopper(backend)
+    return backend != "reference" and is_hopper()
+
+
+def products(backend: Backend) -> ModuleType:
+    """`sm90_gemm` or `gemm_reference`: they hold functions of the same names and arguments."""
+    if takes_kernels(backend):
         from pallas_kernels import sm90_gemm as module
     else:
         from pallas_kernels import gemm_reference as module

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.device import is_gpu, is_hopper
+from pallas_kernels.device import is_gpu, is_hopper, require_hopper
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -54,6 +54,8 @@ def grouped_gemm(
             f"mosaic_gpu takes bf16, k and n divisible by {TILE}, m by {ROWS}; got x {x.dtype} "
             f"{x.shape}, w {w.dtype} {w.shape}"
         )
+    if backend == "mosaic_gpu":
+        require_hopper(backend)
     return {"mosaic_gpu": _mosaic, "blocks": _blocks, "ragged_dot": _ragged_dot}[backend](
         x, w, group_sizes
     )

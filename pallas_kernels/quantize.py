@@ -23,10 +23,9 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels import checks
+from pallas_kernels import checks, gemm_backend
 from pallas_kernels.checks import E4M3, ceil_div
-from pallas_kernels.device import is_hopper
-from pallas_kernels.gemm_backend import BACKENDS, Backend
+from pallas_kernels.gemm_backend import Backend
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float8e4m3fn, Int32
@@ -280,13 +279,12 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _use_kernel(backend: Backend, x: jax.Array, letter: str, width: int, most: int = 0) -> bool:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: use one of {', '.join(BACKENDS)}")
+    gemm_backend.check(backend)
     fits = width % ROW_BYTES == 0 and (not most or width <= most)
     if backend == "mosaic_gpu" and not fits:
         limit = f" up to {most}" if most else ""
         raise ValueError(f"{letter} is {width}: mosaic_gpu takes multiples of {ROW_BYTES}{limit}")
-    return x.size > 0 and fits and (backend == "mosaic_gpu" or (backend == "auto" and is_hopper()))
+    return x.size > 0 and fits and gemm_backend.takes_kernels(backend)
 
 
 @jax.custom_jvp
