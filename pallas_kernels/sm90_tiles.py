@@ -23,18 +23,18 @@ class Costed:
 
 
 LARGE = (
-    Costed(Tile(2, 128, 3, down=2, beside=2, slots=4), 1140, 2500),
+    Costed(Tile(2, 128, 3, down=2, beside=2, slots=4), 1240, 2500),
     Costed(Tile(3, 128, 4, beside=2, slots=2), 985, 1800),
     Costed(Tile(2, 192, 4, below=2), 975, 2000),
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
 )
 GROUPED = (
-    Costed(Tile(2, 128, 4, down=2, beside=2), 1140, 2500),
+    Costed(Tile(2, 128, 4, down=2, beside=2), 1240, 2500),
     Costed(Tile(3, 128, 4, beside=2), 985, 1800),
     Costed(Tile(2, 128, 5, depth=2), 700, 1500),
 )
 MASKED = (
-    Costed(Tile(2, 128, 4, down=2), 1140, 2500),
+    Costed(Tile(2, 128, 4, down=2), 1240, 2500),
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
     Costed(Tile(1, 64, 12, depth=2), 330, 1000),
 )
