@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
 from pallas_kernels.sm90_launch import Refs, launch
-from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
+from pallas_kernels.sm90_schedule import Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
     ROWS,
     Tile,
@@ -26,6 +26,8 @@ from pallas_kernels.sm90_tile import (
     empty_barriers,
     extent,
     line_of,
+    release,
+    ring,
     store,
     swizzled,
 )
@@ -51,11 +53,8 @@ class _Gemm:
         return self.tile.piece(self.n, self.out_dtype, self.kind == "grouped")
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
-        tiles: Extent = extent(self.tile, self.n, self.blocks)
-        if self.kind == "dense":
-            return sm90_schedule.dense(tiles, self.rows, 1, visit)
-        walk = sm90_schedule.masked if self.kind == "masked" else sm90_schedule.grouped
-        return walk(tiles, sizes, visit)
+        tiles = extent(self.tile, self.n, self.blocks)
+        return sm90_schedule.rows(self.kind, tiles, self.rows, self.tile.splits, sizes, visit)
 
     def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar:
         tile = self.tile
@@ -63,9 +62,7 @@ class _Gemm:
         a_group = work.group if self.kind == "masked" else 0
         b_group = 0 if self.kind == "dense" else work.group
 
-        def body(i: Scalar, _: None) -> None:
-            slot = lax.rem(step + i, jnp.int32(tile.stages))
-
+        def body(i: Scalar, slot: Scalar) -> None:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
@@ -77,7 +74,7 @@ class _Gemm:
             b = refs.b.at[b_group, ks, ns] if self.b_by_k else refs.b.at[b_group, ns, ks]
             copy(b, refs.b_smem.at[slot], collective_axes="below" if tile.below > 1 else None)
 
-        lax.fori_loop(0, work.blocks, body, None)
+        ring(tile, step, work.blocks, body)
         return step + work.blocks
 
     def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar:
@@ -86,29 +83,21 @@ class _Gemm:
         row += wg * tile.rows
         a_rows = pl.ds(wg * tile.rows, tile.rows)
 
-        def slot(i: Scalar) -> Scalar:
-            return lax.rem(step + i, jnp.int32(tile.stages))
-
-        def skip() -> None:
-            @pl.loop(0, work.blocks)
-            def _(i: Scalar) -> None:
-                plgpu.barrier_wait(refs.full.at[slot(i)])
-                plgpu.barrier_arrive(refs.empty.at[slot(i)])
-
         def products(acc: Any) -> jax.Array:
-            @pl.loop(0, work.blocks)
-            def _(i: Scalar) -> None:
-                plgpu.barrier_wait(refs.full.at[slot(i)])
-                b = refs.b_smem.at[slot(i)]
-                plgpu.wgmma(acc, refs.a_smem.at[slot(i), a_rows], b if self.b_by_k else b.T)
+            def body(i: Scalar, slot: Scalar) -> None:
+                plgpu.barrier_wait(refs.full.at[slot])
+                b = refs.b_smem.at[slot]
+                plgpu.wgmma(acc, refs.a_smem.at[slot, a_rows], b if self.b_by_k else b.T)
                 plgpu.wgmma_wait(1)  # the products before these have read their stage
 
                 @pl.when(i > 0)
                 def _() -> None:
-                    plgpu.barrier_arrive(refs.empty.at[slot(i - 1)])
+                    plgpu.barrier_arrive(refs.empty.at[tile.slot(slot + tile.stages - 1)])
 
+            ring(tile, step, work.blocks, body)
             total = acc[...]
-            plgpu.barrier_arrive(refs.empty.at[slot(work.blocks - 1)])
+            last = lax.rem(step + work.blocks - 1, jnp.int32(tile.stages))
+            plgpu.barrier_arrive(refs.empty.at[last])
             return total
 
         def compute() -> None:
@@ -118,7 +107,7 @@ class _Gemm:
             ragged = (work.start, work.end) if self.kind == "grouped" else None
             store(refs, out, wg, row, col, sums, self.piece, ragged)
 
-        lax.cond(work.end > row, compute, skip)
+        lax.cond(work.end > row, compute, lambda: release(refs, tile, work, step))
         return step + work.blocks
 
     def scratch(self) -> dict[str, Any]:

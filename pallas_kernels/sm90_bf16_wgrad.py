@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import sm90_schedule
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Scalar, Visit, Work
-from pallas_kernels.sm90_tile import ROWS, Tile, empty_barriers, extent, store, swizzled
+from pallas_kernels.sm90_tile import ROWS, Tile, empty_barriers, extent, ring, store, swizzled
 
 BLOCK = 64  # rows of a stage
 
@@ -45,9 +45,7 @@ class _Wgrad:
     def fetch(self, refs: Refs, work: Work, step: Scalar) -> Scalar:
         tile = self.tile
 
-        def body(i: Scalar, _: None) -> None:
-            slot = lax.rem(step + i, jnp.int32(tile.stages))
-
+        def body(i: Scalar, slot: Scalar) -> None:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
@@ -58,7 +56,7 @@ class _Wgrad:
             copy(refs.x.at[rows, pl.ds(work.row, tile.height)], refs.x_smem.at[slot])
             copy(refs.dy.at[rows, pl.ds(work.col, tile.width)], refs.dy_smem.at[slot])
 
-        lax.fori_loop(0, work.blocks, body, None)
+        ring(tile, step, work.blocks, body)
         return step + work.blocks
 
     def clear(self, refs: Refs, wg: Scalar, slot: Scalar, low: Scalar, high: Scalar) -> None:
@@ -78,32 +76,30 @@ class _Wgrad:
         tile = self.tile
         columns = pl.ds(wg * tile.rows, tile.rows)
 
-        def slot(i: Scalar) -> Scalar:
-            return lax.rem(step + i, jnp.int32(tile.stages))
-
         def products(acc: Any) -> jax.Array:
-            @pl.loop(0, work.blocks)
-            def _(i: Scalar) -> None:
+            def body(i: Scalar, slot: Scalar) -> None:
                 first = work.first_block + i * BLOCK
                 low, high = lax.max(work.start - first, 0), lax.min(work.end - first, BLOCK)
-                plgpu.barrier_wait(refs.full.at[slot(i)])
+                plgpu.barrier_wait(refs.full.at[slot])
 
                 @pl.when(high - low < BLOCK)
                 def _() -> None:
-                    self.clear(refs, wg, slot(i), low, high)
+                    self.clear(refs, wg, slot, low, high)
 
-                plgpu.wgmma(acc, refs.x_smem.at[slot(i), :, columns].T, refs.dy_smem.at[slot(i)])
+                plgpu.wgmma(acc, refs.x_smem.at[slot, :, columns].T, refs.dy_smem.at[slot])
                 plgpu.wgmma_wait(1)  # the products before these have read their stage
 
                 @pl.when(i > 0)
                 def _() -> None:
-                    plgpu.barrier_arrive(refs.empty.at[slot(i - 1)])
+                    plgpu.barrier_arrive(refs.empty.at[tile.slot(slot + tile.stages - 1)])
 
+            ring(tile, step, work.blocks, body)
             total = acc[...]
 
             @pl.when(work.blocks > 0)
             def _() -> None:
-                plgpu.barrier_arrive(refs.empty.at[slot(work.blocks - 1)])
+                last = lax.rem(step + work.blocks - 1, jnp.int32(tile.stages))
+                plgpu.barrier_arrive(refs.empty.at[last])
 
             return total
 

@@ -29,6 +29,8 @@ from pallas_kernels.sm90_tile import (
     empty_barriers,
     extent,
     line_of,
+    release,
+    ring,
     store,
     swizzled,
 )
@@ -59,12 +61,10 @@ class _Gemm:
         return math.gcd(piece, BLOCK) if self.scale_blocks else piece
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
-        if self.kind == "dense":
-            return sm90_schedule.dense(self.extent, self.rows, self.tile.splits, visit)
         if self.kind == "k_grouped":
             return sm90_schedule.k_grouped(self.extent, self.rows, sizes, visit)
-        walk = sm90_schedule.masked if self.kind == "masked" else sm90_schedule.grouped
-        return walk(self.extent, sizes, visit)
+        splits = self.tile.splits
+        return sm90_schedule.rows(self.kind, self.extent, self.rows, splits, sizes, visit)
 
     def b_group(self, work: Work) -> Scalar:
         return work.group if self.kind in ("grouped", "masked") else 0
@@ -74,7 +74,7 @@ class _Gemm:
         row, col = corner(self.tile, work)
         a_group = work.group if self.kind == "masked" else 0
 
-        def body(i: Scalar, slot: Scalar) -> Scalar:
+        def body(i: Scalar, slot: Scalar) -> None:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
@@ -91,9 +91,8 @@ class _Gemm:
             copy(refs.a_scale.at[at, scale_rows], refs.a_scale_smem.at[slot])
             if not self.scale_blocks:
                 copy(refs.b_scale.at[at, ns], refs.b_scale_smem.at[slot])
-            return tile.slot(slot + 1)
 
-        lax.fori_loop(0, work.blocks, body, lax.rem(step, jnp.int32(tile.stages)))
+        ring(tile, step, work.blocks, body)
         return step + work.blocks
 
     def multiply(self, refs: Refs, wg: Scalar, work: Work, step: Scalar) -> Scalar:
@@ -101,14 +100,6 @@ class _Gemm:
         row, col = corner(self.tile, work)
         row += wg * tile.rows
         rounds = Rounds(tile, refs, wg, work, row, col, self.b_group(work), self.scale_blocks)
-
-        def skip() -> None:
-            def body(_: Scalar, slot: Scalar) -> Scalar:
-                plgpu.barrier_wait(refs.full.at[slot])
-                plgpu.barrier_arrive(refs.empty.at[slot])
-                return tile.slot(slot + 1)
-
-            lax.fori_loop(0, work.blocks, body, lax.rem(step, jnp.int32(tile.stages)))
 
         def compute() -> None:
             self.store(refs, wg, work, row, col, rounds.sums(step))
@@ -119,7 +110,7 @@ class _Gemm:
         if self.kind == "k_grouped":
             lax.cond(work.blocks > 0, compute, nothing)
         else:
-            lax.cond(work.end > row, compute, skip)
+            lax.cond(work.end > row, compute, lambda: release(refs, tile, work, step))
         return step + work.blocks
 
     def store(

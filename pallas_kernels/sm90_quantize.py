@@ -23,7 +23,7 @@ from jax.extend import backend
 
 from pallas_kernels.checks import E4M3, ceil_div
 from pallas_kernels.quantize import TILE, tile_scale
-from pallas_kernels.sm90_tile import keep_row_major, store_row
+from pallas_kernels.sm90_tile import keep_row_major, pieces, store_row
 
 WARPS, LANES = 4, 32
 SMEM_OF_SM, SMEM_RESERVED = 228 << 10, 5 << 10  # the latter a CTA: the driver's, barriers, scratch
@@ -194,7 +194,7 @@ def store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) 
         plgpu.copy_smem_to_gmem(q_s.at[pl.ds(first, size)], out)
 
     pl.when(valid == TILE)(lambda: store(0, TILE))
-    pl.when(valid < TILE)(lambda: pieces(valid, store))
+    pl.when(valid < TILE)(lambda: pieces(valid, TILE // 2, store))
 
 
 def store_line(
@@ -217,13 +217,7 @@ def store_line(
                 part = plgpu.load(scratch.at[pl.ds(start, size)], layout=piece_layout(size))
                 at(start, size)[...] = part
 
-        pieces(valid, store)
-
-
-def pieces(valid: Scalar, visit: Callable[[Scalar, int], None]) -> None:
-    """visit(start, size) for sizes that are powers of two and cover [0, valid), valid < 128."""
-    for size in (64, 32, 16, 8, 4, 2, 1):
-        pl.when((valid & size) != 0)(functools.partial(visit, valid & (-2 * size), size))
+        pieces(valid, TILE // 2, store)
 
 
 def rows_layout(dtype: Any) -> Any:

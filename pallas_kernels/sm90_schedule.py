@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -67,6 +67,16 @@ class Extent:
 
 
 Visit = Callable[[Work, Scalar], Scalar]
+
+
+def rows(
+    kind: Literal["dense", "grouped", "masked"], extent: Extent, rows: int, splits: int, sizes: Any,
+    visit: Visit,
+) -> Scalar:  # fmt: skip
+    """Tiles of a product whose groups, if there are any, are of rows."""
+    if kind == "dense":
+        return dense(extent, rows, splits, visit)
+    return {"grouped": grouped, "masked": masked}[kind](extent, sizes, visit)
 
 
 def dense(extent: Extent, rows: int, splits: int, visit: Visit) -> Scalar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,6 +113,26 @@ def keep_row_major(*refs: Any) -> None:
     plgpu.commit_smem()
 
 
+def ring(tile: Tile, step: Scalar, blocks: Scalar, body: Callable[[Scalar, Scalar], None]) -> None:
+    """body(block, slot) for every block; their stages go on round the ring from number `step`."""
+
+    def some(i: Scalar, slot: Scalar) -> Scalar:
+        body(i, slot)
+        return tile.slot(slot + 1)
+
+    lax.fori_loop(0, blocks, some, lax.rem(step, jnp.int32(tile.stages)))
+
+
+def release(refs: Any, tile: Tile, work: Work, step: Scalar) -> None:
+    """Let go of the stages of a tile in which this warpgroup has no rows."""
+
+    def body(_: Scalar, slot: Scalar) -> None:
+        plgpu.barrier_wait(refs.full.at[slot])
+        plgpu.barrier_arrive(refs.empty.at[slot])
+
+    ring(tile, step, work.blocks, body)
+
+
 def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
     """One a stage, on which every warpgroup that reads the stage arrives."""
     if tile.cluster == 1:
@@ -217,15 +238,15 @@ def _store_rows(
     line = parts[0].shape[1]
 
     def copies(left: Scalar) -> None:
-        for size in (32, 16, 8, 4, 2):
+        def copy(start: Scalar, size: int) -> None:
+            first = low + start
+            if size == 1:
+                store_row(smem, out, first, row, left)
+                return
+            rows, cols = pl.ds(row + first, size), pl.ds(left, line)
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], out.at[rows, cols])
 
-            @pl.when((count & size) != 0)
-            def _(size: int = size) -> None:
-                first = low + (count & (ROWS - 2 * size))  # after the larger copies
-                rows, cols = pl.ds(row + first, size), pl.ds(left, line)
-                plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], out.at[rows, cols])
-
-        pl.when((count & 1) != 0)(lambda: store_row(smem, out, high - 1, row, left))
+        pieces(count, ROWS // 2, copy)
 
     for at, part in enumerate(parts):
         left = col + at * line
@@ -242,17 +263,22 @@ def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> N
     What lies in one run in `out`, as a single row does, Mosaic copies as a run of bytes: nothing
     clips those at the end of a row.
     """
-    line, least = smem.shape[1], 16 // smem.dtype.itemsize
+    line = smem.shape[1]
     width = lax.clamp(jnp.int32(0), out.shape[1] - col, jnp.int32(line))
-    size = line
+
+    def copy(first: Scalar, size: int) -> None:
+        plgpu.copy_smem_to_gmem(
+            smem.at[pl.ds(which, 1), pl.ds(first, size)],
+            out.at[pl.ds(row + which, 1), pl.ds(col + first, size)],
+        )
+
+    pieces(width, line, copy, least=16 // smem.dtype.itemsize)
+
+
+def pieces(count: Scalar, most: int, visit: Callable[[Scalar, int], None], least: int = 1) -> None:
+    """visit(start, size) for sizes that are powers of two and cover [0, count): `least` to `most`,
+    each at most once, the larger before the smaller."""
+    size = most
     while size >= least:
-
-        @pl.when((width & size) != 0)
-        def _(size: int = size) -> None:
-            first = width & (2 * line - 2 * size)  # after the larger copies
-            plgpu.copy_smem_to_gmem(
-                smem.at[pl.ds(which, 1), pl.ds(first, size)],
-                out.at[pl.ds(row + which, 1), pl.ds(col + first, size)],
-            )
-
+        pl.when((count & size) != 0)(functools.partial(visit, count & (-2 * size), size))
         size //= 2
