@@ -20,12 +20,12 @@ from pallas_kernels import sm90_schedule
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
-    ROWS,
     Tile,
     corner,
     empty_barriers,
     extent,
-    line_of,
+    lines_of,
+    out_buffers,
     release,
     ring,
     store,
@@ -47,10 +47,6 @@ class _Gemm:
     blocks: int
     out_dtype: Any
     b_by_k: bool  # b is [groups, K, N]: WGMMA takes 16-bit operands either way round
-
-    @property
-    def piece(self) -> int:
-        return self.tile.piece(self.n, self.out_dtype, self.kind == "grouped")
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         tiles = extent(self.tile, self.n, self.blocks)
@@ -103,9 +99,8 @@ class _Gemm:
         def compute() -> None:
             total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.n), jnp.float32))
             out = refs.out.at[0 if self.kind == "grouped" else work.group]
-            sums = [(d * ROWS, 0, [total[d * ROWS : (d + 1) * ROWS]]) for d in range(tile.down)]
             ragged = (work.start, work.end) if self.kind == "grouped" else None
-            store(refs, out, wg, row, col, sums, self.piece, ragged)
+            store(refs, out, wg, row, col, [total], ragged)
 
         lax.cond(work.end > row, compute, lambda: release(refs, tile, work, step))
         return step + work.blocks
@@ -116,13 +111,10 @@ class _Gemm:
         found = dict(
             a_smem=swizzled((tile.stages, tile.height, BLOCK), bf16),
             b_smem=swizzled((tile.stages, *b), bf16),
-            out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, self.piece), self.out_dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             empty=empty_barriers(tile),
+            **out_buffers(tile, self.out_dtype, self.kind == "grouped"),
         )
-        if self.kind == "grouped":
-            rows = (tile.warpgroups, ROWS, line_of(self.out_dtype))
-            found["rows_smem"] = plgpu.SMEM(rows, self.out_dtype)
         return found
 
 
@@ -138,9 +130,9 @@ def bf16_gemm(
     b_by_k: bool = False,
     interpret: Any = None,
 ) -> jax.Array:
-    """[groups, M, N] (grouped: [1, M, N]) of a [1, M, K] (masked: [groups, M, K]) and
-    b [groups, N, K], or [groups, K, N] when `b_by_k`. M and N are multiples of 8 and 16 (or
-    M < 8), K of 64; N of 64 too when b lies by K."""
+    """[groups, M, N] (grouped: [1, M, N]), N made up to whole lines of 128 bytes, of
+    a [1, M, K] (masked: [groups, M, K]) and b [groups, N, K], or [groups, K, N] when `b_by_k`.
+    M and N are multiples of 8 (or M < 8), K of 64; N of 64 too when b lies by K."""
     rows, k = a.shape[1:]
     groups, n = b.shape[0], b.shape[2 if b_by_k else 1]
     gemm = _Gemm(kind, tile, rows, n, k // BLOCK, jnp.dtype(out_dtype), b_by_k)
@@ -148,5 +140,6 @@ def bf16_gemm(
     slots = sms // tile.cluster
     if kind == "dense":
         slots = min(slots, -(-rows // tiles.rows) * tiles.col_tiles)
-    out = jax.ShapeDtypeStruct((groups if kind == "masked" else 1, rows, n), out_dtype)
+    outs, columns = groups if kind == "masked" else 1, lines_of(n, out_dtype)
+    out = jax.ShapeDtypeStruct((outs, rows, columns), out_dtype)
     return launch(gemm, f"bf16_gemm_{kind}", dict(a=a, b=b, sizes=sizes), out, slots, interpret)

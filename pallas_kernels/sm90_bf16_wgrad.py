@@ -20,7 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import sm90_schedule
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Scalar, Visit, Work
-from pallas_kernels.sm90_tile import ROWS, Tile, empty_barriers, extent, ring, store, swizzled
+from pallas_kernels.sm90_tile import (
+    Tile,
+    empty_barriers,
+    extent,
+    may_overwrite,
+    out_buffers,
+    ring,
+    store,
+    swizzled,
+)
 
 BLOCK = 64  # rows of a stage
 
@@ -34,10 +43,6 @@ class _Wgrad:
     n: int
     out_dtype: Any
 
-    @property
-    def piece(self) -> int:
-        return self.tile.piece(self.n, self.out_dtype)
-
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         tiles = extent(self.tile, self.n, 0)
         return sm90_schedule.row_grouped(tiles, self.k, sizes, BLOCK, visit)
@@ -49,7 +54,7 @@ class _Wgrad:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
-                plgpu.commit_smem()  # zeros written by threads before TMA writes over them
+                may_overwrite(refs)  # zeros that threads wrote
 
             rows = pl.ds(work.first_block + i * BLOCK, BLOCK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs.full.at[slot])
@@ -106,7 +111,7 @@ class _Wgrad:
         total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.n), jnp.float32))
         out = refs.out.at[work.group]
         row = work.row + wg * tile.rows
-        store(refs, out, wg, row, work.col, [(0, 0, [total])], self.piece, None)
+        store(refs, out, wg, row, work.col, [total])
         return step + work.blocks
 
     def scratch(self) -> dict[str, Any]:
@@ -114,9 +119,9 @@ class _Wgrad:
         return dict(
             x_smem=swizzled((tile.stages, BLOCK, tile.height), bf16),
             dy_smem=swizzled((tile.stages, BLOCK, tile.width), bf16),
-            out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, self.piece), self.out_dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             empty=empty_barriers(tile),
+            **out_buffers(tile, self.out_dtype, False),
             cleared=plgpu.Barrier(num_arrivals=tile.warpgroups),
         )
 

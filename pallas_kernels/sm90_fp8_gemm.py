@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
-from pallas_kernels.sm90_fp8_round import BLOCK, Rounds, Sums
+from pallas_kernels.sm90_fp8_round import BLOCK, Parts, Rounds
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
 from pallas_kernels.sm90_tile import (
@@ -28,7 +27,9 @@ from pallas_kernels.sm90_tile import (
     corner,
     empty_barriers,
     extent,
-    line_of,
+    lines_of,
+    may_overwrite,
+    out_buffers,
     release,
     ring,
     store,
@@ -54,12 +55,6 @@ class _Gemm:
     def extent(self) -> Extent:
         return extent(self.tile, self.n, BLOCK if self.kind == "k_grouped" else self.blocks)
 
-    @property
-    def piece(self) -> int:
-        """Columns of one store: the sums come in pieces that share a scale of B."""
-        piece = self.tile.piece(self.n, self.out_dtype, self.kind == "grouped")
-        return math.gcd(piece, BLOCK) if self.scale_blocks else piece
-
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         if self.kind == "k_grouped":
             return sm90_schedule.k_grouped(self.extent, self.rows, sizes, visit)
@@ -78,7 +73,7 @@ class _Gemm:
             @pl.when(step + i >= tile.stages)
             def _() -> None:
                 plgpu.barrier_wait(refs.empty.at[slot])
-                plgpu.commit_smem()  # scales read by threads before TMA writes over them
+                may_overwrite(refs)  # scales, which threads read
 
             at = work.first_block + i
             ms, ns, ks = pl.ds(row, tile.height), pl.ds(col, tile.width), pl.ds(at * BLOCK, BLOCK)
@@ -100,50 +95,45 @@ class _Gemm:
         row, col = corner(self.tile, work)
         row += wg * tile.rows
         rounds = Rounds(tile, refs, wg, work, row, col, self.b_group(work), self.scale_blocks)
-
-        def compute() -> None:
-            self.store(refs, wg, work, row, col, rounds.sums(step))
-
-        def nothing() -> None:
-            self.store(refs, wg, work, row, col, rounds.initial())
-
+        keep = functools.partial(self.store, refs, wg, work, row, col)
         if self.kind == "k_grouped":
-            lax.cond(work.blocks > 0, compute, nothing)
+            keep(
+                0, lax.cond(work.blocks > 0, lambda: rounds.sums(step), lambda: rounds.initial()[0])
+            )
         else:
-            lax.cond(work.end > row, compute, lambda: release(refs, tile, work, step))
+            lax.cond(
+                work.end > row,
+                lambda: rounds.each(step, keep),
+                lambda: release(refs, tile, work, step),
+            )
         return step + work.blocks
 
     def store(
-        self, refs: Refs, wg: Scalar, work: Work, row: Scalar, col: Scalar, sums: Sums
+        self, refs: Refs, wg: Scalar, work: Work, row: Scalar, col: Scalar, at: int, total: Parts
     ) -> None:
-        tile = self.tile
-        ragged = self.kind == "grouped"
-        placed = [
-            (at // tile.across * ROWS, at % tile.across * tile.n, list(total))
-            for at, total in enumerate(sums)
-        ]
-        out = refs.out.at[0 if ragged else work.group]
-        rows = (work.start, work.end) if ragged else None
-        store(refs, out, wg, row, col, placed, self.piece, rows)
+        """The sums of product number `at` of the tile."""
+        tile, ragged = self.tile, self.kind == "grouped"
+        down, right = divmod(at, tile.across)
+        store(
+            refs, refs.out.at[0 if ragged else work.group], wg, row + down * ROWS,
+            col + right * tile.n, total, (work.start, work.end) if ragged else None,
+            at * tile.n // refs.out_smem.shape[-1],
+        )  # fmt: skip
 
     def scratch(self) -> dict[str, Any]:
         tile, e4m3 = self.tile, jnp.float8_e4m3fn
-        piece = self.piece
         found = dict(
             a_smem=swizzled((tile.stages, tile.height, BLOCK), e4m3),
             b_smem=swizzled((tile.stages, tile.width, BLOCK), e4m3),
             a_scale_smem=plgpu.SMEM((tile.stages, tile.height), jnp.float32),
-            out_smem=swizzled((tile.warpgroups, tile.slots, ROWS, piece), self.out_dtype),
             full=plgpu.Barrier(
                 num_arrivals=3 if self.scale_blocks else 4, num_barriers=tile.stages
             ),
             empty=empty_barriers(tile),
+            **out_buffers(tile, self.out_dtype, self.kind == "grouped"),
         )
         if not self.scale_blocks:
             found["b_scale_smem"] = plgpu.SMEM((tile.stages, tile.width), jnp.float32)
-        if self.kind == "grouped":
-            rows = (tile.warpgroups, ROWS, line_of(self.out_dtype))
-            found["rows_smem"] = plgpu.SMEM(rows, self.out_dtype)
         return found
 
 
@@ -161,12 +151,12 @@ def fp8_gemm(
     sms: int,
     interpret: Any = None,
 ) -> jax.Array:
-    """[groups or splits, M, N]; grouped: [1, M, N].
+    """[groups or splits, M, N], N made up to whole lines of 128 bytes; grouped: [1, M, N].
 
     a [1, M, K] (masked: [groups, M, K]), a_scale [K / 128, groups * M]; b [groups, N, K] with
     b_scale [groups, N / 128, K / 128], a scale a block, or [K / 128, N], one a row. M and N are
-    multiples of 8 and 16 (or M < 8), K of 128, the scales' rows of 16 bytes. The output is added
-    to `init`, which is as large but for M and N made up to whole tiles.
+    multiples of 8 (or M < 8), K of 128, the scales' rows of 16 bytes. The output is added to
+    `init`, which is as large but for M and N made up to whole tiles.
     """
     (_, rows, k), (groups, n, _) = a.shape, b.shape
     by_block = b_scale.ndim == 3
@@ -184,5 +174,5 @@ def fp8_gemm(
     return launch(
         gemm, f"fp8_gemm_{kind}",
         dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes, init=init),
-        jax.ShapeDtypeStruct((outs, rows, n), out_dtype), slots, interpret,
+        jax.ShapeDtypeStruct((outs, rows, lines_of(n, out_dtype)), out_dtype), slots, interpret,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +26,14 @@ from pallas_kernels.sm90_schedule import Scalar, Work
 from pallas_kernels.sm90_tile import ROWS, Tile
 
 BLOCK = 128  # of K: one scale, one stage
-Sums = tuple[tuple[jax.Array, ...], ...]  # of every product, in pieces that share a scale of B
+Parts = tuple[jax.Array, ...]  # of a product: columns that share a scale of B
+Sums = tuple[Parts, ...]  # of every product
 
 
 class Ready(NamedTuple):
-    """For the next round: scales and addresses of its first stage, B's scales of all its blocks."""
+    """For the next round, of its first stage."""
 
     a_scales: tuple[jax.Array, ...]  # for each product down
-    b_scales: tuple[tuple[Scalar, ...], ...]  # for each block and piece
     places: tuple[Scalar, ...]
 
 
@@ -77,12 +78,26 @@ class Rounds:
         zero = plgpu.layout_cast(jnp.zeros((ROWS, self.piece), jnp.float32), plgpu.Layout.WGMMA)
         return ((zero,) * (self.tile.n // self.piece),) * (self.tile.down * self.tile.across)
 
-    def sums(self, step: Scalar) -> Sums:
-        """Over all blocks of the work, whose first stage is number `step`."""
+    def each(self, step: Scalar, finish: Callable[[int, Parts], None]) -> None:
+        """finish(number, sums) for every product of the tile, over all blocks of the work, whose
+        first stage is number `step`; of several products as soon as its own sums are made."""
+        if not self.several:
+            finish(0, self.sums(step))
+            return
+        last = self.work.blocks - 1
+        slot, sums, accs, ready = self.rounds(step, last)
+        self.in_turn(last, [slot], sums, accs, ready, lambda: ready, finish)
+
+    def sums(self, step: Scalar) -> Parts:
+        """Of a tile of one product."""
+        return self.rounds(step, lax.div(self.work.blocks, jnp.int32(self.tile.depth)))[1][0]
+
+    def rounds(self, step: Scalar, count: Scalar) -> tuple[Scalar, Sums, tuple, Ready]:
+        """The first `count`; then the slot of the next one and what it goes on from."""
         depth = self.tile.depth
         slot = lax.rem(step, jnp.int32(self.tile.stages))
         acc = plgpu.layout_cast(jnp.zeros((ROWS, self.tile.n), jnp.float32), plgpu.Layout.WGMMA)
-        ready = Ready(self.row_scales(slot), self.block_scales(0), self.places(slot))
+        ready = Ready(self.row_scales(slot), self.places(slot))
 
         def some(i: Scalar, carry: tuple) -> tuple:
             slot, sums, accs, ready = carry
@@ -90,21 +105,18 @@ class Rounds:
             after = self.tile.slot(slot + depth)
             ahead = functools.partial(self.ahead, (i + 1) * depth, after, ready)
             run = self.in_turn if self.several else self.together
-            return after, *run(slots, sums, accs, ready, ahead)
+            return after, *run(i * depth, slots, sums, accs, ready, ahead)
 
-        count = lax.div(self.work.blocks, jnp.int32(depth))
-        carry = slot, self.initial(), (acc,) * depth, ready
-        return lax.fori_loop(0, count, some, carry)[1]
+        return lax.fori_loop(0, count, some, (slot, self.initial(), (acc,) * depth, ready))
 
     def ahead(self, first: Scalar, slot: Scalar, ready: Ready) -> Ready:
         """What the round from block `first` on needs, if there is one."""
         read = functools.partial(self.row_scales, slot)
-        b_scales = self.block_scales(first)
         a_scales = lax.cond(first < self.work.blocks, read, lambda: ready.a_scales)
-        return Ready(a_scales, b_scales, self.places(slot))
+        return Ready(a_scales, self.places(slot))
 
     def together(
-        self, slots: list, sums: Sums, accs: tuple, ready: Ready, ahead: Any
+        self, block: Scalar, slots: list, sums: Sums, accs: tuple, ready: Ready, ahead: Any
     ) -> tuple[Sums, tuple, Ready]:
         """Several blocks of K in flight."""
         (total,) = sums
@@ -115,23 +127,26 @@ class Rounds:
             columns.append(self.column_scales(slot))
             places = ready.places if d == 0 else self.places(slot)
             flying.append(self.start(acc, slot, 0, places))
+        b_scales = [self.block_scales(block + d) for d in range(len(slots))]
         following, done = ahead(), []
         for d, slot in enumerate(slots):
             acc = self.end(flying[d], len(slots) - 1 - d)
             plgpu.barrier_arrive(self.refs.empty.at[slot])
-            total = self.promote(total, acc, a_scales[d], ready.b_scales[d], columns[d])
+            total = self.promote(total, acc, a_scales[d], b_scales[d], columns[d])
             done.append(acc)
         return (total,), tuple(done), following
 
     def in_turn(
-        self, slots: list, sums: Sums, accs: tuple, ready: Ready, ahead: Any
-    ) -> tuple[Sums, tuple, Ready]:
-        """The products of one block of K."""
-        (slot,), (acc,), (b_scales,) = slots, accs, ready.b_scales
-        pieces, last = len(sums[0]), len(sums) - 1
-        following, done = ready, []
+        self, block: Scalar, slots: list, sums: Sums, accs: tuple, ready: Ready, ahead: Any,
+        finish: Callable[[int, Parts], None] | None = None,
+    ) -> tuple[Sums, tuple, Ready]:  # fmt: skip
+        """The products of one block of K; the last block's sums are finished."""
+        (slot,), (acc,) = slots, accs
+        pieces, last, following, done = len(sums[0]), len(sums) - 1, ready, []
+        b_scales = ()
         for at, total in enumerate(sums):
             acc = self.start(acc, slot, at, ready.places)
+            b_scales = b_scales or self.block_scales(block)
             if at == last:
                 following = ahead()
             acc = self.end(acc, 0)
@@ -140,7 +155,11 @@ class Rounds:
             down, right = divmod(at, self.tile.across)
             scales = b_scales[right * pieces : (right + 1) * pieces]
             total = self.promote(total, acc, ready.a_scales[down], scales, None)
-            done.append(tuple(map(self.settle, total)))
+            if finish:
+                finish(at, total)
+            else:
+                total = tuple(map(self.settle, total))
+            done.append(total)
         return tuple(done), (acc,), following
 
     def promote(
@@ -200,15 +219,13 @@ class Rounds:
             return None
         return plgpu.load(self.refs.b_scale_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
 
-    def block_scales(self, first: Scalar) -> tuple[tuple[Scalar, ...], ...]:
-        """B's scales of `depth` blocks, one for each piece of the tile's columns."""
+    def block_scales(self, block: Scalar) -> tuple[Scalar, ...]:
+        """B's scales, one for each piece of the tile's columns. They are read from L1 mostly, and
+        while products are in flight: the first of a tile would hold them up."""
         if not self.scale_blocks:
-            return ((),) * self.tile.depth
-        return tuple(self.scales_of(first + d) for d in range(self.tile.depth))
-
-    def scales_of(self, block: Scalar) -> tuple[Scalar, ...]:
+            return ()
         width, step = self.tile.width, self.piece
-        at = self.work.first_block + lax.min(block, self.work.blocks - 1)
+        at = self.work.first_block + block
         first, last = lax.div(self.col, jnp.int32(BLOCK)), jnp.int32(self.scale_blocks - 1)
         count = (BLOCK - step + width - 1) // BLOCK + 1
         found = [self.refs.b_scale[self.b_group, lax.min(first + j, last), at]

@@ -1,9 +1,10 @@
 """The Hopper kernels behind the public GEMMs: operands as callers have them, made to fit.
 
 TMA wants row strides of 16 bytes and tiles of 8 rows and 128 bytes. Operands whose shapes keep to
-that (K in blocks of 128 bytes, M and N multiples of 8 and 16) go in as they are; others are padded
-with zeros first, which copies them once. A's scales are read block of K by block of K, so they go
-in transposed: a scale that `quantize_tiles` wrote that way costs nothing inside one `jit`.
+that (K in blocks of 128 bytes, M and N multiples of 8) go in as they are; others are padded with
+zeros first, which copies them once. So does cutting the output to an N that is not whole lines of
+128 bytes. A's scales are read block of K by block of K, so they go in transposed: a scale that
+`quantize_tiles` wrote that way costs nothing inside one `jit`.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def fp8_dense(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, out_dtype: Any
 ) -> jax.Array:
     (m, k), n = a.shape, b.shape[0]
-    rows, cols, depth = _rows(m), _up(n, 16), _up(k, BLOCK)
-    tile = sm90_tiles.dense(rows, cols, depth // BLOCK)
+    rows, depth = _rows(m), _up(k, BLOCK)
+    tile = sm90_tiles.dense(rows, n, depth // BLOCK)
     split = tile.splits > 1
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
-        _pad(b, rows=cols, cols=depth)[None], b_scale[None], None,
+        _pad(b, cols=depth)[None], b_scale[None], None,
         kind="dense", tile=tile, out_dtype=jnp.float32 if split else out_dtype, sms=SMS,
     )  # fmt: skip
     out = out.sum(0).astype(out_dtype) if split else out[0]
@@ -74,11 +75,11 @@ def fp8_grouped(
     out_dtype: Any,
 ) -> jax.Array:  # fmt: skip
     (m, k), (groups, n, _) = a.shape, b.shape
-    rows, cols, depth = _rows(m), _up(n, 16), _up(k, BLOCK)
+    rows, depth = _rows(m), _up(k, BLOCK)
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
-        _pad(b, rows=cols, cols=depth), b_scale, sizes,
-        kind="grouped", tile=sm90_tiles.grouped(rows, cols, depth // BLOCK, groups),
+        _pad(b, cols=depth), b_scale, sizes,
+        kind="grouped", tile=sm90_tiles.grouped(rows, n, depth // BLOCK, groups),
         out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[0, :m, :n]
@@ -90,12 +91,12 @@ def fp8_masked(
     out_dtype: Any,
 ) -> jax.Array:  # fmt: skip
     (groups, m, k), n = a.shape, b.shape[1]
-    rows, cols, depth = _rows(m), _up(n, 16), _up(k, BLOCK)
+    rows, depth = _rows(m), _up(k, BLOCK)
     scales = _pad(a_scale, rows=rows).reshape(groups * rows, -1)
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth), _row_scales(scales, groups * rows),
-        _pad(b, rows=cols, cols=depth), b_scale, counts,
-        kind="masked", tile=sm90_tiles.masked(rows, cols, depth // BLOCK, groups),
+        _pad(b, cols=depth), b_scale, counts,
+        kind="masked", tile=sm90_tiles.masked(rows, n, depth // BLOCK, groups),
         out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[:, :m, :n]
@@ -107,7 +108,8 @@ def fp8_wgrad(
     accumulate: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     (m, k), n = a.shape, b.shape[0]
-    rows, cols, depth = _rows(m), _up(n, 8), _up(k, BLOCK)
+    rows, depth = _rows(m), _up(k, BLOCK)
+    cols = _up(n, 8)
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
         _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols), None, _init(accumulate),
@@ -143,7 +145,7 @@ def _init(accumulate: jax.Array | None) -> jax.Array | None:
 @functools.partial(jax.jit, static_argnums=2)
 def bf16_dense(a: jax.Array, b: jax.Array, out_dtype: Any) -> jax.Array:
     (m, k), n = a.shape, b.shape[0]
-    rows, cols, depth = _rows(m), _up(n, 16), _up(k, 64)
+    rows, cols, depth = _rows(m), _up(n, 8), _up(k, 64)
     out = bf16_gemm(
         _pad(a, rows=rows, cols=depth)[None], _pad(b, rows=cols, cols=depth)[None], None,
         kind="dense", tile=sm90_tiles.bf16(rows, cols, 1), out_dtype=out_dtype, sms=SMS,
@@ -153,7 +155,7 @@ def bf16_dense(a: jax.Array, b: jax.Array, out_dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=3)
 def bf16_grouped(a: jax.Array, b: jax.Array, sizes: jax.Array, out_dtype: Any) -> jax.Array:
-    cols, depth = _up(b.shape[1], 16), _up(b.shape[2], 64)
+    cols, depth = _up(b.shape[1], 8), _up(b.shape[2], 64)
     padded = _pad(b, rows=cols, cols=depth)
     return _bf16_grouped(a, padded, sizes, out_dtype, cols, depth, False)[:, : b.shape[1]]
 
@@ -183,7 +185,7 @@ def _bf16_grouped(
 @functools.partial(jax.jit, static_argnums=3)
 def bf16_masked(a: jax.Array, b: jax.Array, counts: jax.Array, out_dtype: Any) -> jax.Array:
     (groups, m, k), n = a.shape, b.shape[1]
-    rows, cols, depth = _rows(m), _up(n, 16), _up(k, 64)
+    rows, cols, depth = _rows(m), _up(n, 8), _up(k, 64)
     out = bf16_gemm(
         _pad(a, rows=rows, cols=depth), _pad(b, rows=cols, cols=depth), counts,
         kind="masked", tile=sm90_tiles.bf16(rows, cols, groups), out_dtype=out_dtype, sms=SMS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any, Protocol
 
@@ -81,9 +82,18 @@ def _run(gemm: Gemm, refs: Refs) -> None:
     def _() -> None:
         if tile.registers:
             plgpu.set_max_registers(tile.registers[1], action="decrease")
-        total = gemm.walk(sizes, lambda work, step: gemm.fetch(refs, work, step))
+        fetch = functools.partial(_fetch, gemm, refs, sizes)
+        if refs.on_device:  # one warp: others would take issue slots and power to no purpose
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(fetch))
+        else:
+            fetch()
 
-        # A clustered neighbour may still arrive at these barriers.
-        @pl.loop(lax.max(jnp.int32(0), total - tile.stages), total)
-        def _(step: Scalar) -> None:
-            plgpu.barrier_wait(refs.empty.at[lax.rem(step, jnp.int32(tile.stages))])
+
+def _fetch(gemm: Gemm, refs: Refs, sizes: Any) -> None:
+    stages = gemm.tile.stages
+    total = gemm.walk(sizes, lambda work, step: gemm.fetch(refs, work, step))
+
+    # A clustered neighbour may still arrive at these barriers.
+    @pl.loop(lax.max(jnp.int32(0), total - stages), total)
+    def _(step: Scalar) -> None:
+        plgpu.barrier_wait(refs.empty.at[lax.rem(step, jnp.int32(stages))])

@@ -23,7 +23,7 @@ from jax.extend import backend
 
 from pallas_kernels.checks import E4M3, ceil_div
 from pallas_kernels.quantize import TILE, tile_scale
-from pallas_kernels.sm90_tile import keep_row_major, pieces, store_row
+from pallas_kernels.sm90_tile import keep_row_major, pieces
 
 WARPS, LANES = 4, 32
 SMEM_OF_SM, SMEM_RESERVED = 228 << 10, 5 << 10  # the latter a CTA: the driver's, barriers, scratch
@@ -195,6 +195,24 @@ def store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) 
 
     pl.when(valid == TILE)(lambda: store(0, TILE))
     pl.when(valid < TILE)(lambda: pieces(valid, TILE // 2, store))
+
+
+def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> None:
+    """Row `which` of smem to columns `col` on of row `row + which` of `out`, as far as those reach.
+
+    What lies in one run in `out`, as a single row does, Mosaic copies as a run of bytes: nothing
+    clips those at the end of a row.
+    """
+    line = smem.shape[1]
+    width = lax.clamp(jnp.int32(0), out.shape[1] - col, jnp.int32(line))
+
+    def copy(first: Scalar, size: int) -> None:
+        plgpu.copy_smem_to_gmem(
+            smem.at[pl.ds(which, 1), pl.ds(first, size)],
+            out.at[pl.ds(row + which, 1), pl.ds(col + first, size)],
+        )
+
+    pieces(width, line, copy, least=16 // smem.dtype.itemsize)
 
 
 def store_line(

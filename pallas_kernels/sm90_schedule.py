@@ -168,26 +168,21 @@ def _walk_groups(
     visit: Visit,
 ) -> Scalar:
     """Tiles of all groups in a row. `advance` is what a group adds to those before it."""
-    groups = sizes.shape[0]
     slots = lax.axis_size("slot")
 
-    def body(carry: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
-        tile, group, tiles_before, before, step = carry
+    def group_tiles(group: Scalar, carry: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+        tile, tiles_before, before, step = carry
         size = sizes[group]
         high = row_tiles(before, size)
         after = tiles_before + high * extent.col_tiles
-        here = tile < after
+        count = lax.max(0, lax.div(after - tile + slots - 1, jnp.int32(slots)))
 
-        def do() -> Scalar:
-            return visit(work(group, before, size, extent.corner(tile - tiles_before, high)), step)
+        def body(i: Scalar, step: Scalar) -> Scalar:
+            corner = extent.corner(tile + i * slots - tiles_before, high)
+            return visit(work(group, before, size, corner), step)
 
-        return (
-            lax.select(here, tile + slots, tile),
-            lax.select(here, group, group + 1),
-            lax.select(here, tiles_before, after),
-            lax.select(here, before, before + advance(size)),
-            lax.cond(here, do, lambda: step),
-        )
+        step = lax.fori_loop(0, count, body, step)
+        return tile + count * slots, after, before + advance(size), step
 
-    start = (lax.axis_index("slot"), *(jnp.int32(0) for _ in range(4)))
-    return lax.while_loop(lambda carry: carry[1] < groups, body, start)[4]
+    start = (lax.axis_index("slot"), *(jnp.int32(0) for _ in range(3)))
+    return lax.fori_loop(0, sizes.shape[0], group_tiles, start)[3]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sm90_schedule import Extent, Scalar, Work
@@ -75,16 +76,17 @@ class Tile:
         """(multiplying, fetching) registers a thread; an SM has 65,536."""
         return {1: None, 2: (240, 24), 3: (160, 32)}[self.warpgroups]
 
-    def piece(self, n: int, dtype: Any, ragged: bool = False) -> int:
-        """Columns of one store: up to 128 bytes, and what tile and output are made of; half as
-        much where rows of groups are stored too, whose buffer needs the room."""
-        line = line_of(dtype)
-        return math.gcd(n, self.n, line // 2 if ragged else line)
-
 
 def line_of(dtype: Any) -> int:
     """Elements in 128 bytes: what TMA needs of a row whose copies may start at any row."""
     return SWIZZLE // jnp.dtype(dtype).itemsize
+
+
+def lines_of(n: int, dtype: Any) -> int:
+    """Columns of an output with room for n: whole lines, so that all stores are of the same few
+    widths. Mosaic takes minutes over many narrow ones."""
+    line = line_of(dtype)
+    return -(-n // line) * line
 
 
 def transforms(columns: int, swizzle: int) -> tuple[Any, Any]:
@@ -133,6 +135,20 @@ def release(refs: Any, tile: Tile, work: Work, step: Scalar) -> None:
     ring(tile, step, work.blocks, body)
 
 
+def may_overwrite(refs: Any) -> None:
+    """Order what threads have read of a stage before what TMA writes there next."""
+    if not refs.on_device:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()  # `commit_smem` would wait for the other warps, which do not fetch
+    def fence(_: Any) -> None:
+        space = utils.nvvm.SharedSpace.shared_cta
+        utils.nvvm.fence_proxy(utils.nvvm.ProxyKind.async_shared, space=space)
+
+    fence()
+
+
 def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
     """One a stage, on which every warpgroup that reads the stage arrives."""
     if tile.cluster == 1:
@@ -140,6 +156,17 @@ def empty_barriers(tile: Tile) -> plgpu.Barrier | plgpu.ClusterBarrier:
     return plgpu.ClusterBarrier(
         collective_axes=tile.axes, num_arrivals=tile.warpgroups, num_barriers=tile.stages
     )
+
+
+def out_buffers(tile: Tile, dtype: Any, ragged: bool) -> dict[str, Any]:
+    """Shared memory for output on its way out: pieces of the tile's columns of up to 128 bytes, and
+    64 rows of 128 bytes where some of them are stored alone."""
+    line = line_of(dtype)
+    pieces = (tile.warpgroups, tile.slots, ROWS, math.gcd(tile.n, line))
+    found = dict(out_smem=swizzled(pieces, dtype))
+    if ragged:
+        found["rows_smem"] = plgpu.SMEM((tile.warpgroups, ROWS, line), dtype)
+    return found
 
 
 def extent(tile: Tile, n: int, blocks: int) -> Extent:
@@ -164,33 +191,30 @@ def corner(tile: Tile, work: Work) -> tuple[Scalar, Scalar]:
 
 
 def store(
-    refs: Any, out: Any, wg: Scalar, row: Scalar, col: Scalar,
-    sums: list[tuple[int, int, list[jax.Array]]], piece: int,
-    ragged: tuple[Scalar, Scalar] | None,
+    refs: Any, out: Any, wg: Scalar, row: Scalar, col: Scalar, side_by_side: Sequence[jax.Array],
+    ragged: tuple[Scalar, Scalar] | None = None, stored: int = 0,
 ) -> None:  # fmt: skip
-    """Store a warpgroup's sums: (rows down, columns right, side by side) for each 64 rows.
+    """Store 64 rows of a warpgroup's sums, parts of which lie side by side.
 
-    Ragged are the rows [start, end) of the output that belong to the tile's group.
+    Ragged are the rows [start, end) of the output that belong to the tile's group. `stored` pieces
+    of the tile are on their way already, in the first slots.
     """
-    for at, (down, right, side_by_side) in enumerate(sums):
-        top, left = row + down, col + right
-        parts = _cut(side_by_side, piece, out.dtype)
-        whole = functools.partial(
-            _store_whole, out, refs.out_smem.at[wg], top, left, parts, at * len(parts)
-        )
-        if ragged is None:
-            whole()
-            continue
-        low, high = lax.max(ragged[0] - top, 0), lax.min(ragged[1] - top, ROWS)
-        lines = _cut(side_by_side, line_of(out.dtype), out.dtype)
-        rows = functools.partial(
-            _store_rows, out, refs.rows_smem.at[wg], top, left, lines, low, high
-        )
-        count = high - low
-        lax.cond(count == ROWS, whole, functools.partial(pl.when(count > 0), rows))
+    slots = refs.out_smem.at[wg]
+    parts = _cut(side_by_side, slots.shape[-1], out.dtype)
+    if ragged is None:
+        _store_whole(out, slots, row, col, parts, stored)
+        return
+    low, high = lax.max(ragged[0] - row, 0), lax.min(ragged[1] - row, ROWS)
+    lines = _cut(side_by_side, line_of(out.dtype), out.dtype)
+    rows = functools.partial(_store_rows, out, refs.rows_smem.at[wg], row, col, lines, low, high)
+    lax.cond(
+        high - low == ROWS,
+        lambda: _store_whole(out, slots, row, col, parts, 0),
+        functools.partial(pl.when(high > low), rows),
+    )
 
 
-def _cut(side_by_side: list[jax.Array], width: int, dtype: Any) -> list[jax.Array]:
+def _cut(side_by_side: Sequence[jax.Array], width: int, dtype: Any) -> list[jax.Array]:
     return [
         part[:, at : at + width].astype(dtype)
         for part in side_by_side
@@ -199,35 +223,29 @@ def _cut(side_by_side: list[jax.Array], width: int, dtype: Any) -> list[jax.Arra
 
 
 def _store_whole(
-    out: Any, slots: Any, row: Scalar, col: Scalar, parts: list[jax.Array], first: int
+    out: Any, slots: Any, row: Scalar, col: Scalar, parts: list[jax.Array], stored: int
 ) -> None:
-    """64 rows, piece after piece of columns, through slots of shared memory in turn.
+    """64 rows, as many parts at a time as there are slots left.
 
-    The first piece is the tile's piece number `first`; a tile's pieces fill the slots a whole
-    number of times, so that a piece's slot was last used `slots` pieces ago. Pieces to the right
-    of the output are left out: TMA would clip them, but Mosaic drops a dimension of one piece and
-    its index, and writes them over the first.
+    Parts to the right of the output, which is made of whole lines, are left out: TMA would clip
+    them, but Mosaic drops a dimension of one part and its index, and writes them over the first.
     """
-    count = slots.shape[0]
-    inside = col + len(parts) * parts[0].shape[1] <= out.shape[1]  # no piece is left out
-    for at, part in enumerate(parts):
-        left = col + at * part.shape[1]
-
-        @pl.when(left < out.shape[1])
-        def _(at: int = at, part: jax.Array = part, left: Scalar = left) -> None:
-            if count == 1 or first + at == 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            else:  # all but the slots - 1 stores since this slot's last one
-                lax.cond(
-                    inside,
-                    lambda: plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True),
-                    lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True),
-                )
-            smem = slots.at[(first + at) % count]
-            smem[...] = part
-            plgpu.commit_smem()
-            columns = pl.ds(left, part.shape[1])
-            plgpu.copy_smem_to_gmem(smem, out.at[pl.ds(row, ROWS), columns])
+    count, width = slots.shape[0], parts[0].shape[1]
+    at = 0
+    while at < len(parts):
+        first = (stored + at) % count
+        batch = range(at, min(at + count - first, len(parts)))
+        if first == 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i in batch:
+            slots[first + i - at] = parts[i]
+        plgpu.commit_smem()
+        for i in batch:
+            left = col + i * width
+            place = out.at[pl.ds(row, ROWS), pl.ds(left, width)]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, slots.at[first + i - at], place)
+            pl.when(left < out.shape[1])(copy)
+        at = batch.stop
 
 
 def _store_rows(
@@ -240,9 +258,6 @@ def _store_rows(
     def copies(left: Scalar) -> None:
         def copy(start: Scalar, size: int) -> None:
             first = low + start
-            if size == 1:
-                store_row(smem, out, first, row, left)
-                return
             rows, cols = pl.ds(row + first, size), pl.ds(left, line)
             plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], out.at[rows, cols])
 
@@ -255,24 +270,6 @@ def _store_rows(
         plgpu.commit_smem()
         pl.when(left < out.shape[1])(functools.partial(copies, left))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> None:
-    """Row `which` of smem to columns `col` on of row `row + which` of `out`, as far as those reach.
-
-    What lies in one run in `out`, as a single row does, Mosaic copies as a run of bytes: nothing
-    clips those at the end of a row.
-    """
-    line = smem.shape[1]
-    width = lax.clamp(jnp.int32(0), out.shape[1] - col, jnp.int32(line))
-
-    def copy(first: Scalar, size: int) -> None:
-        plgpu.copy_smem_to_gmem(
-            smem.at[pl.ds(which, 1), pl.ds(first, size)],
-            out.at[pl.ds(row + which, 1), pl.ds(col + first, size)],
-        )
-
-    pieces(width, line, copy, least=16 // smem.dtype.itemsize)
 
 
 def pieces(count: Scalar, most: int, visit: Callable[[Scalar, int], None], least: int = 1) -> None:

@@ -29,7 +29,7 @@ LARGE = (
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
 )
 GROUPED = (
-    Costed(Tile(2, 128, 4, down=2, beside=2), 1240, 2500),
+    Costed(Tile(2, 128, 3, down=2, beside=2, slots=2), 1240, 2500),
     Costed(Tile(3, 128, 4, beside=2), 985, 1800),
     Costed(Tile(2, 128, 5, depth=2), 700, 1500),
 )
@@ -38,7 +38,7 @@ MASKED = (
     Costed(Tile(2, 128, 6, depth=2), 700, 1500),
     Costed(Tile(1, 64, 12, depth=2), 330, 1000),
 )
-BY_ROW = Tile(2, 128, 5)  # a scale a row of B: column scales take registers
+BY_ROW = Tile(2, 128, 5, slots=2)  # a scale a row of B: column scales take registers
 
 
 def _fits(tile: Tile, blocks: int) -> Tile:
