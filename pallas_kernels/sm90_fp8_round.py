@@ -31,9 +31,10 @@ Sums = tuple[Parts, ...]  # of every product
 
 
 class Ready(NamedTuple):
-    """For the next round, of its first stage."""
+    """For the next round: scales and addresses of its first stage."""
 
     a_scales: tuple[jax.Array, ...]  # for each product down
+    b_scales: tuple[Scalar, ...]  # where products are in turn; before a tile's first round unset
     places: tuple[Scalar, ...]
 
 
@@ -97,7 +98,8 @@ class Rounds:
         depth = self.tile.depth
         slot = lax.rem(step, jnp.int32(self.tile.stages))
         acc = plgpu.layout_cast(jnp.zeros((ROWS, self.tile.n), jnp.float32), plgpu.Layout.WGMMA)
-        ready = Ready(self.row_scales(slot), self.places(slot))
+        unset = (jnp.float32(0),) * (self.tile.width // self.piece if self.several else 0)
+        ready = Ready(self.row_scales(slot), unset, self.places(slot))
 
         def some(i: Scalar, carry: tuple) -> tuple:
             slot, sums, accs, ready = carry
@@ -113,7 +115,8 @@ class Rounds:
         """What the round from block `first` on needs, if there is one."""
         read = functools.partial(self.row_scales, slot)
         a_scales = lax.cond(first < self.work.blocks, read, lambda: ready.a_scales)
-        return Ready(a_scales, self.places(slot))
+        b_scales = self.block_scales(first) if self.several else ()
+        return Ready(a_scales, b_scales, self.places(slot))
 
     def together(
         self, block: Scalar, slots: list, sums: Sums, accs: tuple, ready: Ready, ahead: Any
@@ -146,7 +149,9 @@ class Rounds:
         b_scales = ()
         for at, total in enumerate(sums):
             acc = self.start(acc, slot, at, ready.places)
-            b_scales = b_scales or self.block_scales(block)
+            if at == 0:  # before its product, the first read would take an SM's whole way to L2
+                first = functools.partial(self.block_scales, 0)
+                b_scales = lax.cond(block == 0, first, lambda: ready.b_scales)
             if at == last:
                 following = ahead()
             acc = self.end(acc, 0)
@@ -220,12 +225,12 @@ class Rounds:
         return plgpu.load(self.refs.b_scale_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
 
     def block_scales(self, block: Scalar) -> tuple[Scalar, ...]:
-        """B's scales, one for each piece of the tile's columns. They are read from L1 mostly, and
-        while products are in flight: the first of a tile would hold them up."""
+        """B's scales, one for each piece of the tile's columns. They are read while products are in
+        flight, from L1 but for one block in 32."""
         if not self.scale_blocks:
             return ()
         width, step = self.tile.width, self.piece
-        at = self.work.first_block + block
+        at = self.work.first_block + lax.min(block, self.work.blocks - 1)
         first, last = lax.div(self.col, jnp.int32(BLOCK)), jnp.int32(self.scale_blocks - 1)
         count = (BLOCK - step + width - 1) // BLOCK + 1
         found = [self.refs.b_scale[self.b_group, lax.min(first + j, last), at]

@@ -227,6 +227,12 @@ def test_dense_lowers_for_cuda(m, n, blocks):
     traced.lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize("rows", [1, 64, 100])
+def test_few_rows_are_made_up_where_k_is_long(rows):
+    assert sm90_gemm._spread(rows, 128) == max(rows, 64)
+    assert sm90_gemm._spread(rows, 16) == rows
+
+
 @pytest.mark.parametrize(
     ("n", "dtype"), [(16, jnp.bfloat16), (80, jnp.float32), (1024, jnp.bfloat16)]
 )
