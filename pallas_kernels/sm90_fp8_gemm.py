@@ -1,6 +1,6 @@
 """FP8 GEMM on Hopper: e4m3 operands, block scales, float32 promotion every 128 of K.
 
-One warpgroup fetches tiles of A, B and A's scales with TMA into a ring of stages; the others each
+One warp fetches tiles of A, B and A's scales with TMA into a ring of stages; warpgroups each
 multiply: four WGMMAs into a fresh accumulator, then `sum += scale * accumulator` in registers,
 because the tensor core's own accumulator keeps about 14 bits (DeepSeek-V3 report, section 3.3.2).
 """
@@ -97,9 +97,8 @@ class _Gemm:
         rounds = Rounds(tile, refs, wg, work, row, col, self.b_group(work), self.scale_blocks)
         keep = functools.partial(self.store, refs, wg, work, row, col)
         if self.kind == "k_grouped":
-            keep(
-                0, lax.cond(work.blocks > 0, lambda: rounds.sums(step), lambda: rounds.initial()[0])
-            )
+            some, none = (lambda: rounds.sums(step)), (lambda: rounds.initial()[0])
+            keep(0, lax.cond(work.blocks > 0, some, none))
         else:
             lax.cond(
                 work.end > row,

@@ -1,4 +1,4 @@
-"""Starting a GEMM on Hopper: one fetching warpgroup, the others multiply, tiles from a walk."""
+"""Starting a GEMM on Hopper: one warp fetches, warpgroups multiply, tiles from a walk."""
 
 from __future__ import annotations
 
