@@ -138,8 +138,8 @@ def may_overwrite(refs: Any) -> None:
     """Order what threads did in a stage before what TMA writes there next.
 
     For the interpreter. On a card the barrier at which they arrive after reading does that, as in
-    the pipelines of CUTLASS and DeepGEMM, and what they wrote they fenced themselves; a fence of
-    the fetching warp costs 2.6 % of a product.
+    the pipelines of CUTLASS and DeepGEMM, and what they wrote they fenced themselves. Builds with a
+    fence in the one fetching warp took 2.6 % more cycles on large products than one without.
     """
     if not refs.on_device:
         plgpu.commit_smem()
