@@ -215,8 +215,8 @@ def shape(*sizes, dtype=jnp.float8_e4m3fn):
 
 @pytest.mark.parametrize(
     ("m", "n", "blocks"),
-    [(1, 64, 1), (64, 7168, 128), (64, 24576, 12), (128, 4096, 56), (4096, 2112, 56),
-     (4096, 7168, 128)],
+    [(1, 64, 1), (8, 7168, 128), (64, 7168, 128), (64, 24576, 12), (128, 4096, 56),
+     (4096, 2112, 56), (4096, 7168, 128)],
 )  # fmt: skip
 def test_dense_lowers_for_cuda(m, n, blocks):
     """The interpreter looks neither at layouts nor at how much shared memory there is, and makes
