@@ -29,6 +29,8 @@ from tests.products import (
     true,
 )
 
+pytestmark = pytest.mark.usefixtures("auto_is_the_reference")
+
 SHAPES = [(1, 8, 8), (7, 72, 136), (64, 128, 128), (130, 136, 1000)]
 
 

@@ -24,6 +24,8 @@ from tests.products import (
     true,
 )
 
+pytestmark = pytest.mark.usefixtures("auto_is_the_reference")
+
 SHAPES = [(1, 8, 16), (7, 72, 144), (64, 128, 128), (130, 136, 1008), (33, 576, 272)]
 
 

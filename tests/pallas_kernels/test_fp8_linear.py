@@ -25,6 +25,8 @@ from tests.products import (
     true,
 )
 
+pytestmark = pytest.mark.usefixtures("auto_is_the_reference")
+
 QUANTISED = 0.06
 """Relative error that three roundings to e4m3 stay below: x, w or dy, and x once more."""
 

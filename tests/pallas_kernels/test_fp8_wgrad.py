@@ -20,6 +20,8 @@ from tests.products import (
     true,
 )
 
+pytestmark = pytest.mark.usefixtures("auto_is_the_reference")
+
 NAMES = ("a", "a_scale", "b", "b_scale", "group_sizes")
 
 
