@@ -1,0 +1,348 @@
+"""Paged MLA decode on Hopper: 64 query rows against latents, which are keys and values in one.
+
+* Output of 64 x 512 fills half of an SM's registers, so two warpgroups hold a half of its columns
+  each. Pages are taken in pairs: warpgroup w makes the scores of page w, hands its weights to the
+  other through shared memory, and both add up their columns of both pages. The running maximum
+  goes from one to the other and back ("seesaw", as FlashMLA does it).
+* The part of the query with position stays in registers; its place in shared memory then takes the
+  weights of the first page.
+* A block of heads (of speculated tokens too) is a row block; two of them may be a cluster, whose
+  SMs share every page by TMA multicast.
+* An SM works through the pieces of requests that `sm90_mla_plan` deals it, and fetches pages of the
+  next piece while it finishes the last one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.checks import ceil_div
+from pallas_kernels.sm90_mla_pages import (
+    HALF,
+    KEY,
+    LATENT,
+    LEFT,
+    PAGE,
+    QUEUES,
+    RIGHT,
+    ROPE,
+    ROWS,
+    Decode,
+    Piece,
+    Scalar,
+    block,
+    fetch_all,
+    pieces,
+)
+from pallas_kernels.sm90_mla_plan import STEP, Plan
+from pallas_kernels.sm90_registers import (
+    add_product,
+    broadcast,
+    for_wgmma,
+    opaque_zero,
+    product,
+    rescale,
+    store_rows,
+)
+from pallas_kernels.sm90_tile import swizzled
+
+LOG2E = math.log2(math.e)
+MMA = plgpu.Layout.WGMMA
+ROW, COL = MMA.reduce(1), MMA.reduce(0)
+SLACK = 8.0  # by how much (base 2) a maximum may be exceeded before all is rescaled
+LOWEST = -1e30  # a running maximum to start from: finite, so that masked rows give no NaN
+
+
+def decode(
+    q: jax.Array, cache: jax.Array, table: jax.Array, lengths: jax.Array, plan: Plan, call: Decode,
+    *, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Requests in one piece: out [b, rows, 512] and lse [b, rows]; those in several have theirs in
+    partial out float32 [2 parts, rows', 512] and lse (base 2) [2 parts, rows'] for `combine`.
+
+    q is [b, rows, 576].
+    """
+    b = q.shape[0]
+    # TMA wants whole tiles of 8 rows, the interpreter whole blocks.
+    unit = 8 if interpret is None else ROWS
+    rows = ceil_div(call.rows, unit) * unit
+    q = jnp.pad(q, ((0, 0), (0, rows - call.rows), (0, 0)))
+    padded = (2 * plan.parts, call.blocks * ROWS)
+
+    def kernel(q, cache, table, lengths, starts, out, lse, part_out, part_lse, **scratch):
+        refs = types.SimpleNamespace(
+            q=q, cache=cache, table=table, lengths=lengths, starts=starts, out=out, lse=lse,
+            part_out=part_out, part_lse=part_lse, on_device=interpret is None, **scratch,
+        )  # fmt: skip
+        _run(call, refs)
+
+    barrier = plgpu.Barrier
+    emptied = functools.partial(
+        plgpu.ClusterBarrier, collective_axes=("pair",), num_arrivals=1
+    ) if call.pair else barrier  # fmt: skip
+    out, *others = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((b, rows, LATENT), q.dtype),
+            jax.ShapeDtypeStruct((b, call.rows), jnp.float32),
+            jax.ShapeDtypeStruct((*padded, LATENT), jnp.float32),
+            jax.ShapeDtypeStruct(padded, jnp.float32),
+        ),
+        scratch_types=dict(
+            q_s=swizzled((2, ROWS, HALF), q.dtype),
+            weights_s=swizzled((2, ROWS, ROPE), q.dtype),
+            left_s=swizzled((2, PAGE, HALF), q.dtype),
+            right_s=swizzled((2, PAGE, HALF), q.dtype),
+            rope_s=swizzled((2, PAGE, ROPE), q.dtype),
+            rows_s=plgpu.SMEM((4, ROWS), jnp.float32),
+            q_full=barrier(num_arrivals=2),
+            key_full=barrier(),
+            q_empty=barrier(num_arrivals=2),
+            q_held=barrier(),
+            full=barrier(num_barriers=6),
+            empty=emptied(num_barriers=6),
+            bound_full=barrier(num_barriers=2),
+            weights_full=barrier(num_barriers=2),
+            sum_full=barrier(num_barriers=2),
+        ),
+        grid=(call.blocks // (1 + call.pair), plan.parts),
+        grid_names=("block", "part"),
+        cluster=(2,) if call.pair else (),
+        cluster_names=("pair",) if call.pair else (),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="mla_decode",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(q, cache, table, lengths, plan.starts)
+    return out[:, : call.rows], *others
+
+
+def _run(call: Decode, refs: Any) -> None:
+    wg = lax.axis_index("wg")
+    if refs.on_device:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    for number in range(2):
+
+        @pl.when(wg == number)
+        def _(number: int = number) -> None:
+            plgpu.set_max_registers(232, action="increase")
+            pieces(refs, functools.partial(_attend, call, refs, number))
+
+    @pl.when(wg == 2)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        if not refs.on_device:
+            fetch_all(call, refs, None)
+            return
+
+        @plgpu.warp_map
+        def _(warp: Scalar) -> None:
+            for number in range(len(QUEUES)):
+                pl.when(warp == number)(functools.partial(fetch_all, call, refs, number))
+
+
+def _attend(call: Decode, refs: Any, wg: int, piece: Piece, done: Scalar) -> None:
+    """A piece, as warpgroup `wg` does it: scores of the pages with that parity, its columns."""
+    plgpu.barrier_wait(refs.key_full)
+    query = _rope_query(refs)
+    (plgpu.barrier_wait if wg == 0 else plgpu.barrier_arrive)(refs.q_held)
+    plgpu.barrier_wait(refs.q_full)
+    whole = lax.div(lax.max(piece.length - call.hidden, 0), jnp.int32(STEP))
+    middle = lax.max(piece.first, lax.min(whole, piece.last))
+    step = functools.partial((_even, _odd)[wg], call, refs, piece, query)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), MMA),
+        plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+    )
+    carry = lax.fori_loop(piece.first, middle, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(middle, piece.last, functools.partial(step, masked=True), carry)
+    _finish(call, refs, wg, piece, *carry)
+    plgpu.barrier_arrive(refs.q_empty)
+
+
+def _rope_query(refs: Any) -> jax.Array:
+    """The part with position, in registers as WGMMA's first operand. Warpgroup 0, which writes
+    weights in its place, waits until the other has it too."""
+    if not refs.on_device:
+        return refs.weights_s[0]
+    return plgpu.load(refs.weights_s.at[0], layout=MMA, optimized=False)
+
+
+def _scores(refs: Any, slot: int, query: jax.Array, zero: Scalar) -> jax.Array:
+    """The query times a page, whose parts are taken as they arrive."""
+    at, index = zero + slot, slot * 3
+    halves = ((LEFT, refs.left_s), (RIGHT, refs.right_s))
+
+    def issue(scores: Any) -> None:
+        plgpu.barrier_wait(refs.full.at[index + KEY])
+        plgpu.wgmma(scores, query, refs.rope_s.at[at].T)
+        for part, keys in halves if slot == 0 else halves[::-1]:
+            plgpu.barrier_wait(refs.full.at[index + part])
+            plgpu.wgmma(scores, refs.q_s.at[zero + part], keys.at[at].T)
+
+    if refs.on_device:
+        return product((ROWS, PAGE), issue)
+    for part in range(3):  # the interpreter takes no first operand from registers
+        plgpu.barrier_wait(refs.full.at[index + part])
+    keys = [ref[slot] for ref in (refs.left_s, refs.right_s, refs.rope_s)]
+    both = (
+        jnp.concatenate(x, axis=1).astype(jnp.float32)
+        for x in ((refs.q_s[0], refs.q_s[1], query), keys)
+    )
+    return jnp.dot(next(both), next(both).T)
+
+
+def _masked(call: Decode, piece: Piece, scores: jax.Array, page: Scalar) -> jax.Array:
+    token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MMA) + page * PAGE
+    if not call.hidden:
+        return jnp.where(token < piece.length, scores, -jnp.inf)
+    row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=MMA) + block(call) * ROWS
+    query = lax.div(row, lax.full_like(row, call.heads))
+    return jnp.where(token < piece.length - call.hidden + query, scores, -jnp.inf)
+
+
+def _clean(refs: Any, slot: int, valid: Scalar) -> None:
+    """Zeros for what lies behind a request's last token: its weights are 0, but it may be NaN."""
+
+    @pl.when(valid < PAGE)
+    def _() -> None:
+        for ref in (refs.left_s, refs.right_s):
+            for left in range(0, HALF, ROPE):
+                piece = ref.at[slot, :, pl.ds(left, ROPE)]
+                values = plgpu.load(piece, layout=MMA, optimized=False)
+                row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MMA)
+                piece[...] = jnp.where(row < valid, values, jnp.zeros_like(values))
+
+
+def _weigh(
+    call: Decode, refs: Any, wg: int, piece: Piece, page: Scalar, scores: jax.Array,
+    highest: Callable[[], jax.Array], masked: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Weights of a page: (bound before, bound with it, their sums, the weights rounded).
+
+    Weights are powers of 2 of the scores less a bound that scores may exceed by SLACK, so that it
+    seldom changes and sums are seldom rescaled. The other warpgroup is told the bound first and
+    the weights then.
+    """
+    factor = call.scale * LOG2E
+    if masked:
+        scores = _masked(call, piece, scores, page)
+    own = jnp.max(scores, axis=1) * factor
+    before = highest()
+    bound = jnp.where(own > before + SLACK, own, before)
+    refs.rows_s.at[wg][...] = bound
+    plgpu.barrier_arrive(refs.bound_full.at[wg])
+    weights = jnp.exp2(scores * factor - broadcast(bound, scores.shape))
+    rounded = weights.astype(refs.weights_s.dtype)
+    refs.weights_s.at[wg][...] = rounded
+    if masked:
+        _clean(refs, wg, piece.length - page * PAGE)
+    for_wgmma(refs.on_device)
+    plgpu.barrier_arrive(refs.weights_full.at[wg])
+    return before, bound, jnp.sum(weights, axis=1), rounded
+
+
+def _told(refs: Any, wg: int) -> jax.Array:
+    """The bound that the other warpgroup has found."""
+    plgpu.barrier_wait(refs.bound_full.at[wg])
+    return plgpu.load(refs.rows_s.at[wg], layout=ROW, optimized=False)
+
+
+def _add(refs: Any, out: jax.Array, weights: Any, values: Any) -> jax.Array:
+    """out + weights x values; weights in registers or in shared memory."""
+    if refs.on_device:
+        return add_product(out, lambda ref: plgpu.wgmma(ref, weights, values))
+    return out + jnp.dot(weights[...].astype(jnp.float32), values[...].astype(jnp.float32))
+
+
+def _even(call, refs, piece, query, i, carry, *, masked):
+    """Warpgroup 0: scores of the even page, left columns of both."""
+    out, highest, total = carry
+    zero = opaque_zero(refs.on_device)
+    scores = _scores(refs, 0, query, zero)
+    plgpu.barrier_arrive(refs.empty.at[KEY])
+    _, bound, sums, weights = _weigh(call, refs, 0, piece, 2 * i, scores, lambda: highest, masked)
+    by = jnp.exp2(highest - bound)
+    out = rescale(out, by, refs.on_device)
+    out = _add(refs, out, weights, refs.left_s.at[zero])
+    plgpu.barrier_arrive(refs.empty.at[LEFT])
+    total = total * by + sums
+    latest = _told(refs, 1)
+    by = jnp.exp2(bound - latest)
+    out = rescale(out, by, refs.on_device)
+    plgpu.barrier_wait(refs.weights_full.at[1])
+    out = _add(refs, out, refs.weights_s.at[zero + 1], refs.left_s.at[zero + 1])
+    plgpu.barrier_arrive(refs.empty.at[3 + LEFT])
+    return out, latest, total * by
+
+
+def _odd(call, refs, piece, query, i, carry, *, masked):
+    """Warpgroup 1: scores of the odd page, right columns of both. Its own page comes first: the
+    other's will be wanted later."""
+    out, highest, total = carry
+    zero = opaque_zero(refs.on_device)
+    scores = _scores(refs, 1, query, zero)
+    plgpu.barrier_arrive(refs.empty.at[3 + KEY])
+    before, bound, sums, weights = _weigh(
+        call, refs, 1, piece, 2 * i + 1, scores, lambda: _told(refs, 0), masked
+    )
+    by = jnp.exp2(highest - bound)
+    out = rescale(out, by, refs.on_device)
+    out = _add(refs, out, weights, refs.right_s.at[zero + 1])
+    plgpu.barrier_arrive(refs.empty.at[3 + RIGHT])
+    plgpu.barrier_wait(refs.weights_full.at[0])
+    others = plgpu.load(refs.weights_s.at[0], layout=MMA, optimized=False)
+    others = others * broadcast(jnp.exp2(before - bound).astype(others.dtype), others.shape)
+    out = _add(refs, out, others, refs.right_s.at[zero])
+    plgpu.barrier_arrive(refs.empty.at[RIGHT])
+    return out, bound, total * by + sums
+
+
+def _finish(
+    call: Decode, refs: Any, wg: int, piece: Piece, out: jax.Array, highest: jax.Array,
+    total: jax.Array,
+) -> None:  # fmt: skip
+    """Add up both warpgroups' sums of weights, divide, and store; whole output goes out by way of
+    the query's shared memory, which is no longer needed."""
+    refs.rows_s.at[2 + wg][...] = total
+    plgpu.barrier_arrive(refs.sum_full.at[wg])
+    plgpu.barrier_wait(refs.sum_full.at[1 - wg])
+    total = total + plgpu.load(refs.rows_s.at[3 - wg], layout=ROW, optimized=False)
+    some = jnp.where(total > 0, total, 1.0)
+    out = out * broadcast(1.0 / some, out.shape)
+    lse = jnp.where(total > 0, highest + jnp.log2(some), LOWEST)
+    row, columns = block(call) * ROWS, pl.ds(wg * HALF, HALF)
+
+    def partial() -> None:
+        rows = pl.ds(row, ROWS)
+        refs.part_out.at[piece.slot, rows, columns][...] = out
+        if wg == 0:
+            refs.part_lse.at[piece.slot, rows][...] = lse
+
+    def whole() -> None:
+        staged = refs.q_s.at[wg]
+        staged[...] = out.astype(refs.out.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, refs.out.at[piece.request, pl.ds(row, ROWS), columns])
+        if wg == 0:
+            natural = jnp.where(total > 0, lse * (1 / LOG2E), jnp.inf)
+            store_rows(refs.lse.at[piece.request], natural, row, call.rows - row, refs.on_device)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    lax.cond(piece.split, partial, whole)
