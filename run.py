@@ -366,17 +366,39 @@ class BenchGemmCommand:
     more."""
 
 
+@dataclass(frozen=True)
+class BenchMlaCommand:
+    """Time the attention kernels beside recorded FlashMLA, cuDNN and the card's ceilings."""
+
+    shapes: tuple[str, ...] = ()
+    """bBxsSxhHxtT for decode (S queries of each of B requests, T tokens in the cache), bBxsSxhHxkK
+    for sparse decode of K tokens a query, bBxhHxtT for prefill; each runs in every chosen part that
+    takes its form. By default the shapes of the recorded peers."""
+    parts: tuple[Literal["decode", "ragged", "fp8", "prefill", "sparse"], ...] = (
+        "decode", "ragged", "fp8", "prefill", "sparse",
+    )  # fmt: skip
+    out: Path = RUNS / "bench_mla"
+    """Folder of bench_mla.json, flashmla.png and ceilings.png."""
+    seconds: float = 0.1
+    """Least time that one reading of a long call lasts; on a GPU its seven parts are 20 ms or
+    more."""
+
+
 def bench_command(arguments: list[str]) -> int:
-    from dsjax.bench import Settings, run_gemm
+    from dsjax.bench import MlaSettings, Settings, run_gemm, run_mla
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"gemm": BenchGemmCommand}, args=arguments, prog="run.py bench"
+        {"gemm": BenchGemmCommand, "mla": BenchMlaCommand}, args=arguments, prog="run.py bench"
     )
     hint_at_gpu()
-    settings = Settings(command.shapes, command.kinds, command.out, command.seconds)
-    outcome, written = run_gemm(settings, console)
+    if isinstance(command, BenchMlaCommand):
+        settings = MlaSettings(command.shapes, command.parts, command.out, command.seconds)
+        what, (outcome, written) = "rows", run_mla(settings, console)
+    else:
+        settings = Settings(command.shapes, command.kinds, command.out, command.seconds)
+        what, (outcome, written) = "products", run_gemm(settings, console)
     if outcome.interrupted:
-        say(f"stopped by Ctrl-C; products timed: {len(outcome.rows)}")
+        say(f"stopped by Ctrl-C; {what} timed: {len(outcome.rows)}")
     say("wrote " + ", ".join(map(str, written)))
     return FAILED if any(row.failed for row in outcome.rows) else 0
 

@@ -8,20 +8,18 @@ and a copy of 1 GiB, measured first in the same run.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from dsjax.bench.ceilings import XLA_BF16, XLA_FP8, Ceilings, Device, buffers, measure_ceilings
+from dsjax.bench.ceilings import XLA_BF16, XLA_FP8, Device, buffers, measure_ceilings
 from dsjax.bench.products import Operands, call, relative_error, xla
-from dsjax.bench.shapes import KINDS, Kind, Shape, Work, select, work
-from dsjax.bench.timing import Method, Program, Timing, interleaved
+from dsjax.bench.rows import OURS, Outcome, Row, check_settings, collect
+from dsjax.bench.shapes import KINDS, Kind, Shape, select, work
+from dsjax.bench.timing import Method, Program, interleaved
 from pallas_kernels.device import is_gpu
-
-OURS = "ours"
 
 
 @dataclass(frozen=True)
@@ -35,50 +33,16 @@ class Settings:
 
     def cases(self) -> list[tuple[Kind, Shape]]:
         """ValueError for what cannot be run."""
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds is {self.seconds}: expected a positive number")
-        if not self.shapes and not is_gpu():
-            raise ValueError(
-                "there is no GPU for the default shapes: give small ones, such as --shapes "
-                "16x128x256 g2x16x128x256, to time the reference path"
-            )
+        small = "16x128x256 g2x16x128x256"
+        check_settings(self.seconds, bool(self.shapes) or is_gpu(), small)
         return select(self.shapes, self.kinds)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One product: its timing and XLA's, its error or why there is none."""
-
-    kind: Kind
-    shape: Shape
-    timings: dict[str, Timing] = field(default_factory=dict)
-    error: float | None = None
-    note: str = ""
-    failed: bool = False
-
-    @property
-    def work(self) -> Work:
-        return work(self.kind, self.shape)
-
-    def seconds(self, name: str = OURS) -> float | None:
-        return self.timings[name].seconds if name in self.timings else None
-
-
-@dataclass
-class Outcome:
-    """All that was measured, in the order it was."""
-
-    ceilings: Ceilings
-    method: Method
-    rows: list[Row] = field(default_factory=list)
-    interrupted: bool = False
 
 
 def bench_gemm(
     settings: Settings,
     begun: Callable[[str], None] = lambda what: None,
-    measured: Callable[[Outcome], None] = lambda outcome: None,
-) -> Outcome:
+    measured: Callable[[Outcome[Kind, Shape]], None] = lambda outcome: None,
+) -> Outcome[Kind, Shape]:
     """Measure ceilings, then every case; `begun` hears what starts, `measured` of each new row.
 
     Ctrl-C ends it with the rows so far. A product that fails (out of memory, say) has that as the
@@ -87,34 +51,12 @@ def bench_gemm(
     cases, device = settings.cases(), Device.present()
     method = Method.for_device(settings.seconds)
     begun("ceilings")
-    outcome = Outcome(measure_ceilings(device, method), method)
-    try:
-        for row in _rows(cases, device, method, begun):
-            outcome.rows.append(row)
-            measured(outcome)
-    except KeyboardInterrupt:
-        outcome.interrupted = True
+    outcome: Outcome[Kind, Shape] = Outcome(measure_ceilings(device, method), method)
+    collect(outcome, cases, lambda *case: measure(*case, device, method), begun, measured)
     return outcome
 
 
-def _rows(
-    cases: Sequence[tuple[Kind, Shape]],
-    device: Device,
-    method: Method,
-    begun: Callable[[str], None],
-) -> Iterator[Row]:
-    for kind, shape in cases:
-        begun(f"{kind} {shape}")
-        try:
-            yield measure(kind, shape, device, method)
-        except Exception as problem:  # whatever a kernel may raise: the other rows still count
-            if os.environ.get("DSJAX_TRACEBACK"):
-                raise
-            first_line = str(problem).strip().partition("\n")[0]
-            yield Row(kind, shape, note=f"{type(problem).__name__}: {first_line}", failed=True)
-
-
-def measure(kind: Kind, shape: Shape, device: Device, method: Method) -> Row:
+def measure(kind: Kind, shape: Shape, device: Device, method: Method) -> Row[Kind, Shape]:
     """Time one product and XLA's of its size, interleaved, and check it."""
     sets = buffers(kind, shape, device)
 

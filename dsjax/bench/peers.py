@@ -46,8 +46,9 @@ def median_factor(factors: Iterable[float | None]) -> float:
     return statistics.median(known) if known else 1.0
 
 
-def read() -> dict[tuple[str, str], float]:
-    text = files("dsjax.bench").joinpath("peers.csv").read_text()
+def read(name: str = "peers.csv") -> dict[tuple[str, str], float]:
+    """Seconds by (kernel, shape) of a file of this package."""
+    text = files("dsjax.bench").joinpath(name).read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {
         (row["kernel"], row["shape"]): float(row["us_sustained"]) * 1e-6

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import tempfile
@@ -66,12 +67,20 @@ class NoTimeline(RuntimeError):
 
 
 class Program:
-    """A function called once on each of several buffer sets."""
+    """A function called once on each of several buffer sets, behind what all calls share."""
 
-    def __init__(self, function: Callable[..., Any], sets: Sequence[Any]):
+    def __init__(
+        self, function: Callable[..., Any], sets: Sequence[Any], shared: Sequence[Any] = ()
+    ):
         once = jax.jit(function)  # so that it is traced once, not for every set
-        self._program = jax.jit(lambda sets: [once(arguments) for arguments in sets])
-        self._sets, self._seconds = list(sets), math.inf
+        self._program = jax.jit(lambda shared, sets: [once(*shared, each) for each in sets])
+        self._shared, self._sets, self._seconds = tuple(shared), list(sets), math.inf
+
+    def on(self, sets: Sequence[Any], shared: Sequence[Any] = ()) -> Program:
+        """The same on other arrays; what is compiled serves both where the shapes are equal."""
+        other = copy.copy(self)
+        other._shared, other._sets, other._seconds = tuple(shared), list(sets), math.inf
+        return other
 
     @property
     def call_seconds(self) -> float:
@@ -83,7 +92,7 @@ class Program:
         rounds = max(1, math.ceil(1.1 * seconds / self._seconds))
         out, start = None, time.perf_counter()
         for _ in range(rounds):
-            out = self._program(self._sets)
+            out = self._program(self._shared, self._sets)
         jax.block_until_ready(out)
         elapsed = time.perf_counter() - start
         self._seconds = elapsed / rounds
@@ -91,7 +100,7 @@ class Program:
 
     def outputs(self) -> list[Any]:
         """Of one program, an output a set."""
-        return jax.block_until_ready(self._program(self._sets))
+        return jax.block_until_ready(self._program(self._shared, self._sets))
 
     def stretch(self, seconds: float) -> float:
         """Seconds a call over at least that long."""

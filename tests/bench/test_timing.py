@@ -82,6 +82,15 @@ def test_program_calls_every_set_and_traces_once():
     assert program.run(0.0)[1] == 4
 
 
+def test_other_arrays_take_the_same_compiled_program():
+    first = Program(lambda scale, x: scale * x, [jnp.ones(3)] * 2, (2.0,))
+    other = first.on([5 * jnp.ones(3)] * 2, (3.0,))
+    assert float(first.outputs()[1][0]) == 2
+    assert float(other.outputs()[1][0]) == 15
+    assert other._program._cache_size() == 1
+    assert first._sets[0][0] == 1
+
+
 def test_stretch_lasts_as_long_as_asked(monkeypatch):
     program = Program(jnp.negative, [jnp.ones(8)] * 2)
     ran = []
