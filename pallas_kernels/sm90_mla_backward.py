@@ -121,7 +121,8 @@ def _scratch(call: Call) -> dict[str, Any]:
         ds_full=plgpu.Barrier(num_arrivals=2),
         ds_empty=plgpu.Barrier(num_arrivals=2),
         dq_full=plgpu.Barrier(num_barriers=call.chunks),
-        dq_empty=plgpu.Barrier(num_barriers=call.chunks),
+        own_empty=plgpu.Barrier(num_barriers=2),
+        shared_empty=plgpu.Barrier(num_barriers=2),
     )
 
 
@@ -138,9 +139,11 @@ def _run(call: Call, refs: Any) -> None:
         @pl.when(total > 0)  # the last phases
         def _() -> None:
             plgpu.barrier_wait(refs.ds_empty)
-            for chunk in (call.own(wg), call.shared):
-                if chunk is not None:
-                    plgpu.barrier_wait(refs.dq_empty.at[chunk])
+            if call.chunks > 1:
+                plgpu.barrier_wait(refs.own_empty.at[wg])
+            if call.shared is not None:
+                last = functools.partial(plgpu.barrier_wait, refs.shared_empty.at[wg])
+                pl.when(lax.rem(total, jnp.int32(2)) == wg)(last)
 
     @pl.when(wg >= 2)
     def _() -> None:
@@ -226,9 +229,12 @@ def _add(call: Call, refs: Any, unit: Unit, number: Scalar, done: Scalar) -> Non
                 pl.when(turn > 0)(functools.partial(store, reduction_op="add"))
         if call.on_device:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for chunk in range(call.chunks):
+        freed = [refs.own_empty.at[wg] for wg in range(2)] if call.chunks > 1 else []
+        if call.shared is not None:  # for whose turn comes next
+            freed.append(refs.shared_empty.at[lax.rem(done + i + 1, jnp.int32(2))])
+        for barrier in freed:
             for _quarter in range(4 if call.on_device else 1):  # a warp is one of a warpgroup
-                plgpu.barrier_arrive(refs.dq_empty.at[chunk])
+                plgpu.barrier_arrive(barrier)
         if call.on_device:
             pass_turn(refs.turns, counter, turn)
 

@@ -153,9 +153,12 @@ def _step(
     plgpu.barrier_arrive(refs.empty.at[slot])
     plgpu.barrier_wait(refs.ds_full)
     if call.own(wg) is not None:
-        _dq(call, refs, call.own(wg), zero, done + i)
+        _dq(call, refs, call.own(wg), zero, done + i, refs.own_empty.at[wg])
     if call.shared is not None:
-        _dq(call, refs, call.shared, zero, done + i, mine=(done + i) % 2 == wg)
+        make = functools.partial(
+            _dq, call, refs, call.shared, zero, done + i, refs.shared_empty.at[wg]
+        )
+        pl.when(lax.rem(done + i, jnp.int32(2)) == wg)(make)
     plgpu.barrier_arrive(refs.ds_empty)
     return sums
 
@@ -220,9 +223,8 @@ def _interpreted_sums(refs, slot, weights, ds, sums):
     return add(sums[0], ds, refs.q_s[slot]), add(sums[1], weights, refs.d_out_s[slot])
 
 
-def _dq(call, refs, chunk, zero, step, mine=True):
-    """A chunk of dq's columns, of all 128 keys, to shared memory, if it is this warpgroup's. Its
-    place must be free, for which both wait: a phase of a barrier may not be left out."""
+def _dq(call, refs, chunk, zero, step, free):
+    """A chunk of dq's columns, of all 128 keys, to shared memory."""
 
     def run(accumulator: Any) -> jax.Array:
         for half in range(2):
@@ -230,18 +232,15 @@ def _dq(call, refs, chunk, zero, step, mine=True):
             plgpu.wgmma(accumulator, refs.ds_s.at[zero + half].T, keys)
         return accumulator[...]
 
-    def make() -> None:
-        if call.on_device:
-            found = pl.run_scoped(run, plgpu.ACC((QUERIES, CHUNK), jnp.float32))
-        else:
-            found = sum(
-                jnp.dot(refs.ds_s[half].astype(jnp.float32).T,
-                        refs.k_s[half * call.chunks + chunk].astype(jnp.float32))
-                for half in range(2)
-            )  # fmt: skip
-        refs.dq_s.at[chunk][...] = found
-        for_wgmma(call.on_device)
-        plgpu.barrier_arrive(refs.dq_full.at[chunk])
-
-    pl.when(step > 0)(functools.partial(plgpu.barrier_wait, refs.dq_empty.at[chunk]))
-    make() if mine is True else pl.when(mine)(make)
+    if call.on_device:
+        found = pl.run_scoped(run, plgpu.ACC((QUERIES, CHUNK), jnp.float32))
+    else:
+        found = sum(
+            jnp.dot(refs.ds_s[half].astype(jnp.float32).T,
+                    refs.k_s[half * call.chunks + chunk].astype(jnp.float32))
+            for half in range(2)
+        )  # fmt: skip
+    pl.when(step > 0)(functools.partial(plgpu.barrier_wait, free))
+    refs.dq_s.at[chunk][...] = found
+    for_wgmma(call.on_device)
+    plgpu.barrier_arrive(refs.dq_full.at[chunk])

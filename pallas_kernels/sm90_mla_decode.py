@@ -57,6 +57,7 @@ from pallas_kernels.sm90_registers import (
 from pallas_kernels.sm90_tile import swizzled
 
 LOG2E = math.log2(math.e)
+QUARTER = HALF // 2
 MMA = plgpu.Layout.WGMMA
 ROW, COL = MMA.reduce(1), MMA.reduce(0)
 SLACK = 8.0  # by how much (base 2) a maximum may be exceeded before all is rescaled
@@ -84,6 +85,7 @@ def decode(
             q=q, cache=cache, table=table, lengths=lengths, starts=starts, out=out, lse=lse,
             part_out=part_out, part_lse=part_lse, on_device=interpret is None, **scratch,
         )  # fmt: skip
+        refs.q_s, refs.staged_s, refs.sums_s = scratch["first"]
         _run(call, refs)
 
     barrier = plgpu.Barrier
@@ -99,7 +101,11 @@ def decode(
             jax.ShapeDtypeStruct(padded, jnp.float32),
         ),
         scratch_types=dict(
-            q_s=swizzled((2, ROWS, HALF), q.dtype),
+            first=plgpu.RefUnion(  # the query, and then output on its way out
+                swizzled((2, ROWS, HALF), q.dtype),
+                swizzled((2, ROWS, HALF), q.dtype),
+                swizzled((2, ROWS, QUARTER), jnp.float32),
+            ),
             weights_s=swizzled((2, ROWS, ROPE), q.dtype),
             left_s=swizzled((2, PAGE, HALF), q.dtype),
             right_s=swizzled((2, PAGE, HALF), q.dtype),
@@ -327,22 +333,29 @@ def _finish(
     some = jnp.where(total > 0, total, 1.0)
     out = out * broadcast(1.0 / some, out.shape)
     lse = jnp.where(total > 0, highest + jnp.log2(some), LOWEST)
-    row, columns = block(call) * ROWS, pl.ds(wg * HALF, HALF)
+    row = block(call) * ROWS
+    rows = pl.ds(row, ROWS)
 
     def partial() -> None:
-        rows = pl.ds(row, ROWS)
-        refs.part_out.at[piece.slot, rows, columns][...] = out
+        for half in range(2):
+            columns = pl.ds(wg * HALF + half * QUARTER, QUARTER)
+            values = out[:, half * QUARTER : (half + 1) * QUARTER]
+            send(refs.sums_s.at[wg], values, refs.part_out.at[piece.slot, rows, columns])
         if wg == 0:
             refs.part_lse.at[piece.slot, rows][...] = lse
 
     def whole() -> None:
-        staged = refs.q_s.at[wg]
-        staged[...] = out.astype(refs.out.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, refs.out.at[piece.request, pl.ds(row, ROWS), columns])
+        columns = pl.ds(wg * HALF, HALF)
+        values = out.astype(refs.out.dtype)
+        send(refs.staged_s.at[wg], values, refs.out.at[piece.request, rows, columns])
         if wg == 0:
             natural = jnp.where(total > 0, lse * (1 / LOG2E), jnp.inf)
             store_rows(refs.lse.at[piece.request], natural, row, call.rows - row, refs.on_device)
+
+    def send(staged: Any, values: jax.Array, place: Any) -> None:
+        staged[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, place)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(piece.split, partial, whole)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import ceil_div
 from pallas_kernels.sm90_mla_plan import STEP
+from pallas_kernels.sm90_registers import prefetch
 
 Scalar = Any
 ROWS, PAGE, LATENT, ROPE = 64, 64, 512, 64
@@ -118,6 +119,9 @@ def _fetch(
         for slot, part in queue:
             page = now[slots.index(slot)]
             _fetch_part(call, refs, page, slot, part, done + i - piece.first > 0)
+        if call.pair and refs.on_device and queue in (QUEUES[1], QUEUES[3]):
+            ahead = functools.partial(prefetch, refs.cache.at[upcoming[0]])
+            pl.when((i + 1 < piece.last) & (block(call) == 0))(ahead)
         return upcoming
 
     if with_query:

@@ -17,8 +17,7 @@ from pallas_kernels.checks import ceil_div
 
 STEP = 128  # tokens: two pages
 OVERHEAD = 2  # steps that beginning and ending a request costs
-LEAST = 1  # steps of a part
-TOLERATED = 1.05  # how much longer parts may be so that no request is split
+TOLERATED = 1.05  # how much longer parts may be if fewer requests are split
 
 
 class Plan(NamedTuple):
@@ -51,18 +50,11 @@ def plan(lengths: jax.Array, parts: int) -> Plan:
 
 
 def _starts(steps: jax.Array, parts: int) -> jax.Array:
-    b = steps.shape[0]
-    ends = jnp.cumsum(steps + OVERHEAD)
-    share = jnp.maximum(ceil_div(ends[-1], parts), LEAST)
-    cuts = jnp.minimum(jnp.arange(parts + 1, dtype=jnp.int32) * share, ends[-1])
-    request = jnp.searchsorted(ends, cuts, side="right").astype(jnp.int32)
-    begin = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[request]
-    step = jnp.maximum(cuts - begin - OVERHEAD, 0)
-    step = jnp.where(request < b, step, 0)
-    cut = jnp.stack([request, step.astype(jnp.int32)], axis=1)
-    whole, longest = _whole(steps, parts)
-    keep_whole = longest <= TOLERATED * (share + OVERHEAD).astype(jnp.float32)
-    return jnp.where(keep_whole, whole, cut)
+    """Of three ways to deal the one with the shortest longest part, the first of near equals."""
+    ways = (_whole(steps, parts), _apart(steps, parts), _row(steps, parts))
+    longest = jnp.stack([each for _, each in ways]).astype(jnp.float32)
+    best = jnp.argmax(longest <= TOLERATED * longest.min())
+    return jnp.stack([starts for starts, _ in ways])[best]
 
 
 def _whole(steps: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
@@ -71,8 +63,40 @@ def _whole(steps: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
     each = ceil_div(b, parts)
     padded = jnp.pad(steps + OVERHEAD, (0, each * parts - b)).reshape(parts, each)
     request = jnp.minimum(jnp.arange(parts + 1, dtype=jnp.int32) * each, b)
-    longest = padded.sum(axis=1).max().astype(jnp.float32)
-    return jnp.stack([request, jnp.zeros_like(request)], axis=1), longest
+    return jnp.stack([request, jnp.zeros_like(request)], axis=1), padded.sum(axis=1).max()
+
+
+def _apart(steps: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """The same if no part gets more than one piece: requests are cut into equal pieces, as many as
+    there are parts for if the longest request's pieces are the longest."""
+    b = steps.shape[0]
+    if b > parts:
+        return jnp.zeros((parts + 1, 2), jnp.int32), jnp.int32(jnp.iinfo(jnp.int32).max)
+    most = -(-steps.max() // jnp.arange(1, parts + 1, dtype=jnp.int32))
+    enough = -(-steps[None] // most[:, None]).sum(axis=1) <= parts
+    high = jnp.where(enough, most, steps.max()).min()
+    length = -(-steps // -(-steps // high))
+    pieces = -(-steps // length)
+    ends = jnp.cumsum(pieces)
+    part = jnp.arange(parts + 1, dtype=jnp.int32)
+    request = jnp.searchsorted(ends, part, side="right").astype(jnp.int32)
+    at = jnp.minimum(request, b - 1)
+    step = (part - (ends - pieces)[at]) * length[at]
+    step = jnp.where(request < b, step, 0).astype(jnp.int32)
+    return jnp.stack([request, step], axis=1), length.max() + OVERHEAD
+
+
+def _row(steps: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """The same if the row of all requests is cut into equal parts."""
+    b = steps.shape[0]
+    ends = jnp.cumsum(steps + OVERHEAD)
+    share = ceil_div(ends[-1], parts)
+    cuts = jnp.minimum(jnp.arange(parts + 1, dtype=jnp.int32) * share, ends[-1])
+    request = jnp.searchsorted(ends, cuts, side="right").astype(jnp.int32)
+    begin = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[request]
+    step = jnp.maximum(cuts - begin - OVERHEAD, 0)
+    step = jnp.where(request < b, step, 0).astype(jnp.int32)
+    return jnp.stack([request, step], axis=1), share + OVERHEAD
 
 
 def _splits(starts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,26 @@ def rescale(sums: jax.Array, by: jax.Array, on_device: bool) -> jax.Array:
         )
 
     return scale(sums, by)
+
+
+def prefetch(array: Any) -> None:
+    """Have L2 fetch a contiguous array, or part of one, from memory. Called by a whole warp."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def fetch(_: Any, array: ir.Value) -> None:
+        kind = ir.MemRefType(array.type)
+        size = math.prod(kind.shape) * utils.bytewidth(kind.element_type)
+        i64 = ir.IntegerType.get_signless(64)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [llvm.ptrtoint(i64, utils.memref_ptr(array))],
+            "{ .reg .pred p; elect.sync _|p, 0xffffffff;"
+            f" @p cp.async.bulk.prefetch.L2.global [$0], {size}; }}",
+            "l",
+            has_side_effects=True,
+        )
+
+    fetch(array)
 
 
 def opaque(values: jax.Array, on_device: bool) -> jax.Array:
