@@ -8,7 +8,8 @@
 * Sums do not depend on chance: tiles of keys add to a tile of queries in turn, from the last that
   it sees to the first. All start at their diagonal, so each finds the one before it two steps
   ahead, and what it waits for has mostly happened. Units are dealt in an order in which none comes
-  before one that it waits for.
+  before one that it waits for. All CTAs must run at once for that, one an SM: a process that may
+  not use all SMs that its device counts (by MPS limits, say) would wait for ever.
 """
 
 from __future__ import annotations

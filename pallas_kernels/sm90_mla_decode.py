@@ -59,7 +59,7 @@ from pallas_kernels.sm90_tile import swizzled
 LOG2E = math.log2(math.e)
 QUARTER = HALF // 2
 MMA = plgpu.Layout.WGMMA
-ROW, COL = MMA.reduce(1), MMA.reduce(0)
+ROW = MMA.reduce(1)
 SLACK = 8.0  # by how much (base 2) a maximum may be exceeded before all is rescaled
 LOWEST = -1e30  # a running maximum to start from: finite, so that masked rows give no NaN
 

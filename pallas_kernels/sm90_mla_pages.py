@@ -18,7 +18,7 @@ from pallas_kernels.sm90_registers import prefetch
 
 Scalar = Any
 ROWS, PAGE, LATENT, ROPE = 64, 64, 512, 64
-WIDTH, HALF = LATENT + ROPE, LATENT // 2
+HALF = LATENT // 2
 LEFT, RIGHT, KEY = range(3)  # parts of a page: halves of the latent, and the rotated key
 QUEUES = (((0, KEY), (0, LEFT)), ((0, RIGHT),), ((1, KEY), (1, RIGHT)), ((1, LEFT),))
 
