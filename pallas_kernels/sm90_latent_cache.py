@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import in_place
 from pallas_kernels.checks import E4M3, ceil_div
 from pallas_kernels.latent_cache import (
     BYTES,
@@ -214,9 +215,9 @@ class Walk:
         self, cache: jax.Array, body: Callable[..., None], *operands: jax.Array
     ) -> jax.Array:
         """The cache after the kernel, whose first reference it is."""
-        ref = jax.new_ref(cache)
+        ref = in_place.borrow(cache)
         self.launch(body, ref, *operands)
-        return jax.freeze(ref)
+        return in_place.give_back(ref)
 
     def visit(
         self,

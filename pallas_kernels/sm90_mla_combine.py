@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import in_place
 from pallas_kernels.sm90_mla_plan import Plan
 
 MOST_AT_ONCE = 16
@@ -27,7 +28,8 @@ def combine(
     *, sms: int, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """out [b, rows, 512] and lse [b, rows] with the split requests' rows, of what `decode` gave."""
-    b, rows, width = out.shape
+    b, rows = lse.shape
+    width = out.shape[-1]
     at_once = min(MOST_AT_ONCE, 1 << math.ceil(math.log2(plan.parts // b + 2)))
     grid = min(sms * CTAS, plan.parts * rows)
     layout = plgpu.Layout.WG_STRIDED((width,), width // 128)
@@ -74,7 +76,7 @@ def combine(
         units = count[0] * rows
         lax.fori_loop(0, lax.div(lax.max(units - cta, 0) + (grid - 1), jnp.int32(grid)), row, None)
 
-    in_place = jax.new_ref(out), jax.new_ref(lse)
+    places = in_place.borrow(out), in_place.borrow(lse)
     plgpu.kernel(
         kernel,
         out_type=(),
@@ -83,5 +85,6 @@ def combine(
         kernel_name="mla_combine",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(part_out, part_lse, plan.splits, plan.count, *in_place)
-    return jax.freeze(in_place[0]), jax.freeze(in_place[1])
+    )(part_out, part_lse, plan.splits, plan.count, *places)
+    out, lse = (in_place.give_back(place) for place in places)
+    return out[:, :rows], lse

@@ -132,14 +132,18 @@ def test_lowers_for_cuda_in_place(b, t, name, dtype):
     (main,) = lowered.compiler_ir("stablehlo").body.operations
     (block,) = main.regions[0].blocks
     assert "tf.aliasing_output = 0" in str(main.attributes["arg_attrs"][0])
-    *others, call, end = block.operations
+    *others, before, call, after, end = block.operations
+    barrier = "stablehlo.optimization_barrier"
+    assert before.operation.name == after.operation.name == barrier
     assert {other.operation.name for other in others} <= {"stablehlo.reshape"}
     assert all(block.arguments[0] not in other.operands for other in others)
     aliases = str(call.attributes["output_operand_aliases"])
     assert call.attributes["call_target_name"].value == "mosaic_gpu_v2"
     assert "output_tuple_indices = [], operand_index = 0," in aliases
-    assert call.operands[0] == block.arguments[0]
-    assert list(end.operands) == list(call.results)
+    assert list(before.operands) == [block.arguments[0]]
+    assert call.operands[0] == before.results[0]
+    assert list(after.operands) == list(call.results)
+    assert list(end.operands) == list(after.results)
 
 
 @pytest.mark.parametrize("pages", [1, 40])
@@ -170,6 +174,24 @@ of_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 def fresh():
     return int(np.random.default_rng().integers(1 << 30))
+
+
+@pytest.mark.gpu
+@of_dtypes
+def test_card_a_layer_of_several(dtype):
+    """XLA must not make one of the kernel and the slice or the update of the layers around it."""
+    cache, table, positions = case(3, 2, dtype, max_pages=9, seed=1)
+    layers, new = jnp.stack([jnp.asarray(cache)] * 3), draw(3, 2, seed=1)
+
+    @jax.jit
+    def step(layers):
+        layers = layers[::-1]
+        layer = append_latents(layers[1], new, table, positions, backend="mosaic_gpu")
+        return layers.at[1].set(layer)
+
+    expected = reference(append_latents, cache, new, table, positions)
+    for found, wanted in zip(step(layers), (cache, expected, cache), strict=True):
+        assert_same_bytes(found, wanted)
 
 
 @pytest.mark.gpu
