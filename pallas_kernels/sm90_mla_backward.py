@@ -53,7 +53,9 @@ def backward(
         scale=scale, plain=plain, on_device=interpret is None,
     )  # fmt: skip
     work = Work.of(low, high, b, h, t, k.shape[1], plain, sms)
-    delta = jnp.einsum("bthd,bthd->bht", out, d_out, preferred_element_type=jnp.float32)
+    products = (out.astype(jnp.float32) * d_out).sum(-1)
+    # The barrier keeps XLA from one slow kernel that sums up and transposes.
+    delta = lax.optimization_barrier(products).swapaxes(1, 2)
     delta = delta if d_lse is None else delta - d_lse
     statistics = jnp.stack([lse * (-1 / scale), -delta], axis=2)
     dq, dk, d_rope, dv = _launch(call, q, k, k_rope, v, statistics, d_out, work, interpret)
@@ -234,8 +236,7 @@ def _add(call: Call, refs: Any, unit: Unit, number: Scalar, done: Scalar) -> Non
         if call.shared is not None:  # for whose turn comes next
             freed.append(refs.shared_empty.at[lax.rem(done + i + 1, jnp.int32(2))])
         for barrier in freed:
-            for _quarter in range(4 if call.on_device else 1):  # a warp is one of a warpgroup
-                plgpu.barrier_arrive(barrier)
+            plgpu.barrier_arrive(barrier)
         if call.on_device:
             pass_turn(refs.turns, counter, turn)
 

@@ -8,7 +8,6 @@ SM works through a part of it in that order: so a unit waits only for units that
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.sm90_mla_schedule import halves, sm_count, transposed
+from pallas_kernels.sm90_mla_schedule import at_most, halves, sm_count, transposed
 
 KEYS, QUERIES = 128, 64  # of a tile
 L2_BYTES = 24 << 20  # of operands and sums that heads worked on at a time may have
@@ -93,12 +92,7 @@ def _words(
     first_tile: jax.Array, last_tile: jax.Array, low: jax.Array, high: jax.Array, s: int
 ) -> jax.Array:
     """Of every tile of keys: its queries' first tile and count, and which need no mask."""
-    tile = jnp.arange(s // KEYS, dtype=jnp.int32)
-    runs = functools.partial(jnp.searchsorted, side="right")
-    first, end = (
-        jax.vmap(lambda bound: runs(bound, tile))(bounds).astype(jnp.int32)
-        for bounds in (last_tile, first_tile)
-    )
+    first, end = (at_most(bound, s // KEYS) for bound in (last_tile, first_tile))
     count = jnp.maximum(end - first, 0)
     begin, stop = (x.reshape(x.shape[0], -1, KEYS) for x in transposed(low, high, s))
     clear = jnp.clip(-(-begin.max(-1) // QUERIES) - first, 0, count)

@@ -66,14 +66,16 @@ def transposed(
     low: Int32[Array, "b t"], high: Int32[Array, "b t"], columns: int
 ) -> tuple[Int32[Array, "b s"], Int32[Array, "b s"]]:
     """[first, end) of the rows that see each column, if neither low nor high ever falls."""
-    column = jnp.arange(columns, dtype=jnp.int32)
+    first, end = at_most(high, columns), at_most(low, columns)
+    return first, jnp.maximum(first, end)
 
-    def of(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = jnp.searchsorted(high, column, side="right")
-        end = jnp.searchsorted(low, column, side="right")
-        return first.astype(jnp.int32), jnp.maximum(first, end).astype(jnp.int32)
 
-    return jax.vmap(of)(low, high)
+def at_most(values: Int32[Array, "b n"], columns: int) -> Int32[Array, "b columns"]:
+    """How many values are not above each column."""
+    row = jnp.arange(values.shape[0])[:, None]
+    counts = jnp.zeros((values.shape[0], columns + 1), jnp.int32)
+    counts = counts.at[row, jnp.clip(values, 0, columns)].add(1)
+    return jnp.cumsum(counts, axis=1, dtype=jnp.int32)[:, :columns]
 
 
 def group_of(columns: int, width: int) -> int:
