@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     Cache = BFloat16[Array, "pages 64 576"] | UInt8[Array, "pages 64 656"]
 
-KERNEL_CACHES = (jnp.bfloat16,)
 ROW_BLOCK = 64  # query rows that an SM attends with
 USUAL_SMS = 132  # H100, H200; for plans made where there is no GPU
 
@@ -58,17 +57,18 @@ def mla_decode(
 
     plan: what `plan_mla_decode` made of the same lengths, queries and heads; made here if None.
 
-    On Hopper a bfloat16 cache takes the kernels; all else takes the jnp reference, in float32 and
-    slow. Out depends in its last bits on how requests are split, so on their neighbours. Inside
-    `jax.shard_map` pass it `check_vma=False`. Raises ValueError on dtypes, shapes, a scale, plan or
-    backend that do not fit, and for lengths or pages in use that table and cache do not have;
-    values that are being traced (under jit) cannot be checked. TypeError when differentiated.
+    On Hopper the kernels run, elsewhere the jnp reference, in float32 and slow. Queries may be many
+    (a chunk of a prompt whose latents are in the cache). Out depends in its last bits on how
+    requests are split, so on their neighbours. Inside `jax.shard_map` pass it `check_vma=False`.
+    Raises ValueError on dtypes, shapes, a scale, plan or backend that do not fit, and for lengths
+    or pages in use that table and cache do not have; values that are being traced (under jit)
+    cannot be checked. TypeError when differentiated.
     """
     _check(q, cache, block_table, lengths, scale)
     b, s, h, _ = q.shape
     if plan is not None:
         _check_plan(plan, b, s, h)
-    kernels = _takes_kernels(backend, cache)
+    kernels = gemm_backend.takes_kernels(backend)
     q, cache = _constant(q, cache)
     if not (q.size and cache.size and block_table.size):
         return jnp.zeros((b, s, h, LATENT), q.dtype), jnp.full((b, s, h), jnp.inf, jnp.float32)
@@ -116,7 +116,13 @@ def _on_hopper(
 
     b, s, h, _ = q.shape
     rows = s * h
-    call = sm90_mla_decode.Decode(rows, h, scale, not causal, pair=_paired(rows))
+    by_page = cache.dtype == jnp.bfloat16
+    if not by_page:
+        cache = cache.reshape(-1, BYTES)
+    call = sm90_mla_decode.Decode(
+        rows, h, scale, not causal, pair=by_page and _paired(rows),
+        source="pages" if by_page else "tokens",
+    )  # fmt: skip
     rows_first = q.reshape(b, rows, WIDTH)
     pieces = sm90_mla_decode.decode(rows_first, cache, block_table, lengths, plan, call)
     out, lse = sm90_mla_combine.combine(*pieces, plan, sms=_sms())
@@ -136,16 +142,6 @@ def _parts(rows: int) -> int:
 
 def _sms() -> int:
     return jax.devices()[0].core_count if device.is_gpu() else USUAL_SMS
-
-
-def _takes_kernels(backend: Backend, cache: jax.Array) -> bool:
-    fits = cache.dtype in KERNEL_CACHES
-    if backend == "mosaic_gpu" and not fits:
-        raise ValueError(
-            f"backend is 'mosaic_gpu' and cache is {cache.dtype}: its kernels take "
-            f"{' or '.join(jnp.dtype(dtype).name for dtype in KERNEL_CACHES)}, use 'auto'"
-        )
-    return gemm_backend.takes_kernels(backend) and fits
 
 
 def _check(

@@ -10,9 +10,7 @@ lse, a natural logarithm, is +inf. The reference has gradients, for which it gat
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jax
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
     Cache = BFloat16[Array, "pages 64 576"] | UInt8[Array, "pages 64 656"]
 
-HOPPER_KERNELS = False  # whether there is a module `sm90_mla_sparse` with `decode` and `prefill`
 MOST_GATHERED = 1 << 24  # numbers of tokens that the reference holds at a time
 EXACT = lax.Precision.HIGHEST
 
@@ -55,7 +52,9 @@ def mla_sparse_decode(
     checks.exact("cache", cache, (cache.shape[0], PAGE, width), cache.dtype)
     _check(q, indices, scale)
     if _takes_kernel(backend, q, cache, indices):
-        return _kernels().decode(q, cache, indices, scale=scale)
+        from pallas_kernels import sm90_mla_sparse
+
+        return sm90_mla_sparse.decode(q, cache, indices, scale=scale)
     b, t, h, _ = q.shape
     tokens = cache.reshape(cache.shape[0] * PAGE, width)
     chosen = indices.reshape(b * t, indices.shape[2])
@@ -82,19 +81,14 @@ def mla_sparse_prefill(
     checks.exact("kv", kv, (kv.shape[0], WIDTH), jnp.bfloat16)
     _check(q, indices, scale)
     if _takes_kernel(backend, q, kv, indices):
-        return _kernels().prefill(q, kv, indices, scale=scale)
+        from pallas_kernels import sm90_mla_sparse
+
+        return sm90_mla_sparse.prefill(q, kv, indices, scale=scale)
     return _reference(q, kv, indices, scale)
 
 
 def _takes_kernel(backend: Backend, *operands: jax.Array) -> bool:
-    asked = gemm_backend.takes_kernels(backend)
-    if backend == "mosaic_gpu" and not HOPPER_KERNELS:
-        raise ValueError("backend is 'mosaic_gpu': sparse attention has no kernel yet, use 'auto'")
-    return asked and HOPPER_KERNELS and all(x.size for x in operands)
-
-
-def _kernels() -> ModuleType:
-    return importlib.import_module("pallas_kernels.sm90_mla_sparse")
+    return gemm_backend.takes_kernels(backend) and all(x.size for x in operands)
 
 
 def _reference(

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import ceil_div
+from pallas_kernels.sm90_mla_gather import gather_all
 from pallas_kernels.sm90_mla_pages import (
     HALF,
     KEY,
@@ -59,8 +60,9 @@ from pallas_kernels.sm90_tile import swizzled
 LOG2E = math.log2(math.e)
 QUARTER = HALF // 2
 MMA = plgpu.Layout.WGMMA
-ROW = MMA.reduce(1)
+ROW, COL = MMA.reduce(1), MMA.reduce(0)
 SLACK = 8.0  # by how much (base 2) a maximum may be exceeded before all is rescaled
+REGISTERS = dict(pages=(232, 40), tokens=(208, 88), chosen=(208, 88))  # math, fetching: 504 in all
 LOWEST = -1e30  # a running maximum to start from: finite, so that masked rows give no NaN
 
 
@@ -68,17 +70,17 @@ def decode(
     q: jax.Array, cache: jax.Array, table: jax.Array, lengths: jax.Array, plan: Plan, call: Decode,
     *, interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Requests in one piece: out [b, rows, 512] and lse [b, rows]; those in several have theirs in
-    partial out float32 [2 parts, rows', 512] and lse (base 2) [2 parts, rows'] for `combine`.
+    """Requests in one piece: out [b, rows', 512] and lse [b, rows]; those in several have theirs in
+    partial out float32 [2 parts, rows", 512] and lse (base 2) [2 parts, rows"] for `combine`.
 
-    q is [b, rows, 576].
+    q is [b, rows, 576]; rows' and rows" are rows filled up.
     """
     b = q.shape[0]
     # TMA wants whole tiles of 8 rows, the interpreter whole blocks.
     unit = 8 if interpret is None else ROWS
     rows = ceil_div(call.rows, unit) * unit
     q = jnp.pad(q, ((0, 0), (0, rows - call.rows), (0, 0)))
-    padded = (2 * plan.parts, call.blocks * ROWS)
+    partial = 2 * plan.parts
 
     def kernel(q, cache, table, lengths, starts, out, lse, part_out, part_lse, **scratch):
         refs = types.SimpleNamespace(
@@ -92,13 +94,13 @@ def decode(
     emptied = functools.partial(
         plgpu.ClusterBarrier, collective_axes=("pair",), num_arrivals=1
     ) if call.pair else barrier  # fmt: skip
-    out, *others = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((b, rows, LATENT), q.dtype),
             jax.ShapeDtypeStruct((b, call.rows), jnp.float32),
-            jax.ShapeDtypeStruct((*padded, LATENT), jnp.float32),
-            jax.ShapeDtypeStruct(padded, jnp.float32),
+            jax.ShapeDtypeStruct((partial, rows, LATENT), jnp.float32),
+            jax.ShapeDtypeStruct((partial, call.blocks * ROWS), jnp.float32),
         ),
         scratch_types=dict(
             first=plgpu.RefUnion(  # the query, and then output on its way out
@@ -116,6 +118,7 @@ def decode(
             q_empty=barrier(num_arrivals=2),
             q_held=barrier(),
             full=barrier(num_barriers=6),
+            **({} if call.source == "pages" else dict(places_s=plgpu.SMEM((2 * STEP,), jnp.int32))),
             empty=emptied(num_barriers=6),
             bound_full=barrier(num_barriers=2),
             weights_full=barrier(num_barriers=2),
@@ -133,7 +136,6 @@ def decode(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )(q, cache, table, lengths, plan.starts)
-    return out[:, : call.rows], *others
 
 
 def _run(call: Decode, refs: Any) -> None:
@@ -146,12 +148,15 @@ def _run(call: Decode, refs: Any) -> None:
 
         @pl.when(wg == number)
         def _(number: int = number) -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[call.source][0], action="increase")
             pieces(refs, functools.partial(_attend, call, refs, number))
 
     @pl.when(wg == 2)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(REGISTERS[call.source][1], action="decrease")
+        if call.source != "pages":
+            gather_all(call, refs)
+            return
         if not refs.on_device:
             fetch_all(call, refs, None)
             return
@@ -170,7 +175,9 @@ def _attend(call: Decode, refs: Any, wg: int, piece: Piece, done: Scalar) -> Non
     plgpu.barrier_wait(refs.q_full)
     whole = lax.div(lax.max(piece.length - call.hidden, 0), jnp.int32(STEP))
     middle = lax.max(piece.first, lax.min(whole, piece.last))
-    step = functools.partial((_even, _odd)[wg], call, refs, piece, query)
+    if call.source == "chosen":
+        middle = piece.first
+    step = functools.partial((_even, _odd)[wg], call, refs, piece, query, done - piece.first)
     carry = (
         plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), MMA),
         plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
@@ -214,7 +221,14 @@ def _scores(refs: Any, slot: int, query: jax.Array, zero: Scalar) -> jax.Array:
     return jnp.dot(next(both), next(both).T)
 
 
-def _masked(call: Decode, piece: Piece, scores: jax.Array, page: Scalar) -> jax.Array:
+def _masked(
+    call: Decode, refs: Any, wg: int, piece: Piece, number: Scalar, page: Scalar, scores: jax.Array
+) -> jax.Array:
+    """Scores without tokens that a query does not see; `number` counts all steps of this SM."""
+    if call.source == "chosen":
+        at = lax.rem(number, jnp.int32(2)) * STEP + wg * PAGE
+        places = plgpu.load(refs.places_s.at[pl.ds(at, PAGE)], layout=COL, optimized=False)
+        return jnp.where(broadcast(places, scores.shape, 1) >= 0, scores, -jnp.inf)
     token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MMA) + page * PAGE
     if not call.hidden:
         return jnp.where(token < piece.length, scores, -jnp.inf)
@@ -247,8 +261,6 @@ def _weigh(
     the weights then.
     """
     factor = call.scale * LOG2E
-    if masked:
-        scores = _masked(call, piece, scores, page)
     own = jnp.max(scores, axis=1) * factor
     before = highest()
     bound = jnp.where(own > before + SLACK, own, before)
@@ -257,7 +269,7 @@ def _weigh(
     weights = jnp.exp2(scores * factor - broadcast(bound, scores.shape))
     rounded = weights.astype(refs.weights_s.dtype)
     refs.weights_s.at[wg][...] = rounded
-    if masked:
+    if masked and call.source == "pages":
         _clean(refs, wg, piece.length - page * PAGE)
     for_wgmma(refs.on_device)
     plgpu.barrier_arrive(refs.weights_full.at[wg])
@@ -277,12 +289,14 @@ def _add(refs: Any, out: jax.Array, weights: Any, values: Any) -> jax.Array:
     return out + jnp.dot(weights[...].astype(jnp.float32), values[...].astype(jnp.float32))
 
 
-def _even(call, refs, piece, query, i, carry, *, masked):
+def _even(call, refs, piece, query, earlier, i, carry, *, masked):
     """Warpgroup 0: scores of the even page, left columns of both."""
     out, highest, total = carry
     zero = opaque_zero(refs.on_device)
     scores = _scores(refs, 0, query, zero)
     plgpu.barrier_arrive(refs.empty.at[KEY])
+    if masked:
+        scores = _masked(call, refs, 0, piece, earlier + i, 2 * i, scores)
     _, bound, sums, weights = _weigh(call, refs, 0, piece, 2 * i, scores, lambda: highest, masked)
     by = jnp.exp2(highest - bound)
     out = rescale(out, by, refs.on_device)
@@ -298,13 +312,15 @@ def _even(call, refs, piece, query, i, carry, *, masked):
     return out, latest, total * by
 
 
-def _odd(call, refs, piece, query, i, carry, *, masked):
+def _odd(call, refs, piece, query, earlier, i, carry, *, masked):
     """Warpgroup 1: scores of the odd page, right columns of both. Its own page comes first: the
     other's will be wanted later."""
     out, highest, total = carry
     zero = opaque_zero(refs.on_device)
     scores = _scores(refs, 1, query, zero)
     plgpu.barrier_arrive(refs.empty.at[3 + KEY])
+    if masked:
+        scores = _masked(call, refs, 1, piece, earlier + i, 2 * i + 1, scores)
     before, bound, sums, weights = _weigh(
         call, refs, 1, piece, 2 * i + 1, scores, lambda: _told(refs, 0), masked
     )

@@ -30,6 +30,8 @@ class Decode:
     rows: query rows of a request, heads fastest. heads: rows of one query token.
     visible_to_all: whether every query sees every token (no causal mask).
     pair: whether two row blocks form a cluster.
+    source: how tokens are found: whole "pages" of bfloat16, FP8 pages token by token ("tokens"), or
+    FP8 tokens that are listed ("chosen").
     """
 
     rows: int
@@ -37,6 +39,7 @@ class Decode:
     scale: float
     visible_to_all: bool
     pair: bool = False
+    source: str = "pages"
 
     @property
     def blocks(self) -> int:
@@ -125,11 +128,11 @@ def _fetch(
         return upcoming
 
     if with_query:
-        _fetch_query(call, refs, piece, done)
+        fetch_query(call, refs, piece, done)
     lax.fori_loop(piece.first, piece.last, step, pages(piece.first))
 
 
-def _fetch_query(call: Decode, refs: Any, piece: Piece, done: Scalar) -> None:
+def fetch_query(call: Decode, refs: Any, piece: Piece, done: Scalar) -> None:
     rows = pl.ds(block(call) * ROWS, ROWS)
     pl.when(done > 0)(lambda: plgpu.barrier_wait(refs.q_empty))
     if not refs.on_device:

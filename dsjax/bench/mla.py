@@ -8,21 +8,17 @@ in the same run.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from dsjax.bench.ceilings import Device, measure_ceilings
 from dsjax.bench.mla_decode import DecodeRows, measure_sparse
-from dsjax.bench.mla_prefill import backward, measure_prefill
+from dsjax.bench.mla_prefill import measure_prefill
 from dsjax.bench.mla_shapes import PARTS, Case, Kind, Part, Shape, select
 from dsjax.bench.rows import Outcome, Row, check_settings, collect
 from dsjax.bench.timing import Method
-from pallas_kernels.device import is_gpu, is_hopper
+from pallas_kernels.device import is_gpu
 
 
 @dataclass(frozen=True)
@@ -63,24 +59,8 @@ def bench_mla(
 def measure(
     kind: Kind, shape: Shape, decode: DecodeRows, device: Device, method: Method
 ) -> Row[Kind, Shape]:
-    """Time and check one row; not on a Hopper card where it would be the reference's."""
-    if is_hopper() and not has_kernel(kind):
-        return Row(kind, shape, note="not timed: there is no kernel of it yet")
+    """Time and check one row."""
     if shape.form == "decode":
         return decode.measure(kind, shape, method)
     measure_other = measure_sparse if shape.form == "sparse" else measure_prefill
     return measure_other(kind, shape, device, method)
-
-
-def has_kernel(kind: Kind) -> bool:
-    """Whether a Hopper card takes a kernel for it: the modules say what is still to come."""
-    module = importlib.import_module
-    if kind == "fp8":
-        caches = getattr(module("pallas_kernels.mla_decode"), "KERNEL_CACHES", (jnp.uint8,))
-        return jnp.uint8 in caches
-    if kind == "sparse":
-        return getattr(module("pallas_kernels.mla_sparse"), "HOPPER_KERNELS", True)
-    if backward(kind):
-        kernel = getattr(module("pallas_kernels.mla_attention"), "BACKWARD_KERNEL", None)
-        return kernel is None or importlib.util.find_spec(kernel) is not None
-    return True

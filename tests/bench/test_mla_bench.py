@@ -15,7 +15,7 @@ from dsjax.bench.mla_check import checked_row, relative_error
 from dsjax.bench.mla_decode import EQUAL, DecodeRows, Sizes, sizes_of
 from dsjax.bench.mla_prefill import CUDNN
 from dsjax.bench.mla_records import MlaPeers, records
-from dsjax.bench.mla_shapes import KINDS, PARTS, Shape, select
+from dsjax.bench.mla_shapes import PARTS, Shape, select
 from dsjax.bench.paged_cache import ragged_lengths
 from dsjax.bench.rows import OURS, Outcome, Row
 from dsjax.bench.timing import Method, Timing
@@ -211,23 +211,6 @@ def test_live_table_on_a_terminal(measured, tmp_path):
         console = Console(file=file, force_terminal=True, width=200)
         mla_report.run_mla(MlaSettings((TINY[0],), ("decode",), tmp_path), console)
     assert TINY[0] in (tmp_path / "screen.txt").read_text()
-
-
-def test_reference_is_not_timed_on_a_card_that_has_kernels(monkeypatch):
-    monkeypatch.setattr(mla, "is_hopper", lambda: True)
-    monkeypatch.setattr(mla, "has_kernel", lambda kind: kind != "fp8")
-    monkeypatch.setattr(DecodeRows, "measure", lambda self, kind, shape, method: kind)
-    rows = DecodeRows([], CARD)
-    row = mla.measure("fp8", DECODE, rows, CARD, QUICK)
-    assert not row.failed
-    assert row.note == "not timed: there is no kernel of it yet"
-    assert mla.measure("decode", DECODE, rows, CARD, QUICK) == "decode"
-
-
-def test_modules_say_which_kernels_there_are():
-    assert {kind: type(mla.has_kernel(kind)) for kind in KINDS} == dict.fromkeys(KINDS, bool)
-    assert mla.has_kernel("decode")
-    assert mla.has_kernel("forward")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device
 from pallas_kernels.latent_cache import dequantize_latent_cache, quantize_latent_cache
 from pallas_kernels.mla_decode import mla_decode, plan_mla_decode
 
@@ -248,12 +247,6 @@ def test_refusals(name, change, message):
         changed(**{name: change})
 
 
-def test_the_kernels_refuse_an_fp8_cache():
-    message = "backend is 'mosaic_gpu' and cache is uint8: its kernels take bfloat16, use 'auto'"
-    with pytest.raises(ValueError, match=message):
-        changed(cache=quantized, backend="mosaic_gpu")
-
-
 def planned(lengths=(9, 100), dtype=jnp.int32, **changes):
     return plan_mla_decode(jnp.asarray(lengths, dtype), **(dict(queries=1, heads=3) | changes))
 
@@ -286,10 +279,3 @@ def test_plans_of_other_calls_are_refused(monkeypatch):
     for message, plan in plans.items():
         with pytest.raises(ValueError, match=message):
             changed(plan=plan)
-
-
-def test_an_fp8_cache_takes_the_reference_on_hopper(monkeypatch):
-    operands = case([9, 100], fp8=True)
-    monkeypatch.setattr(device, "compute_capability", lambda: 9.0)
-    monkeypatch.setattr(door, "_on_hopper", None)
-    assert_near(mla_decode(*operands, scale=SCALE), truth(*operands))
