@@ -6,11 +6,27 @@ from pallas_kernels.bf16_gemm import (
     bf16_grouped_wgrad,
     bf16_masked_gemm,
 )
-from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.fp8_gemm import fp8_gemm, fp8_grouped_gemm, fp8_masked_gemm
 from pallas_kernels.fp8_linear import fp8_grouped_linear, fp8_linear
 from pallas_kernels.fp8_wgrad import fp8_grouped_wgrad, fp8_wgrad
 from pallas_kernels.grouped_gemm import grouped_gemm
+from pallas_kernels.index_cache import append_index_keys
+from pallas_kernels.latent_cache import (
+    append_latents,
+    dequantize_latent_cache,
+    quantize_latent_cache,
+    write_latents,
+)
+from pallas_kernels.lightning_indexer import (
+    hadamard,
+    index_logits,
+    index_topk,
+    paged_index_logits,
+    quantize_index,
+)
+from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.mla_decode import mla_decode, plan_mla_decode
+from pallas_kernels.mla_sparse import mla_sparse_decode, mla_sparse_prefill
 from pallas_kernels.quantize import (
     dequantize,
     padded_rows,
@@ -23,12 +39,14 @@ from pallas_kernels.quantize import (
 )
 
 __all__ = [
+    "append_index_keys",
+    "append_latents",
     "bf16_gemm",
     "bf16_grouped_gemm",
     "bf16_grouped_wgrad",
     "bf16_masked_gemm",
-    "causal_attention",
     "dequantize",
+    "dequantize_latent_cache",
     "fp8_gemm",
     "fp8_grouped_gemm",
     "fp8_grouped_linear",
@@ -37,11 +55,23 @@ __all__ = [
     "fp8_masked_gemm",
     "fp8_wgrad",
     "grouped_gemm",
+    "hadamard",
+    "index_logits",
+    "index_topk",
+    "mla_attention",
+    "mla_decode",
+    "mla_sparse_decode",
+    "mla_sparse_prefill",
     "padded_rows",
+    "paged_index_logits",
+    "plan_mla_decode",
     "quantize_blocks",
     "quantize_both",
+    "quantize_index",
+    "quantize_latent_cache",
     "quantize_tiles",
     "requantize_transposed",
     "rmsnorm_quantize",
     "swiglu_quantize",
+    "write_latents",
 ]

@@ -21,7 +21,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import checks, mla_attention_reference
+from pallas_kernels import checks, mla_attention_cudnn, mla_attention_reference
 from pallas_kernels.gemm_backend import Backend, takes_kernels
 
 if TYPE_CHECKING:
@@ -66,10 +66,14 @@ def mla_attention(
       is [t, h, dv] and lse [h, t].
 
     On Hopper (dq, dv) of (192, 128), (128, 128) and (64, 64) in bfloat16, with r = 64 if any, take
-    the kernels, which copy operands whose t or s is no multiple of 128; all else takes the jnp
-    reference, in float32. Out and lse are differentiable, in reverse mode. Inside `jax.shard_map`
-    pass it `check_vma=False`. Raises ValueError on dtypes, shapes, scale, sequences or a backend
-    that do not fit; sequences that are being traced (under jit) cannot be checked.
+    the kernels, which copy operands whose t or s is no multiple of 128. With backend="auto", causal
+    attention of one sequence to itself (t == s, nothing packed) takes cuDNN on other GPUs and in
+    other short floats and widths, as far as it has them; its lse is made by the reference, which
+    jit drops where lse is not used. All else takes the jnp reference, in float32. Out and lse are
+    differentiable, in reverse mode. Give each device its part of a sharded batch in
+    `jax.shard_map`, with `check_vma=False`: XLA cannot divide a kernel. Raises ValueError on
+    dtypes, shapes, scale, sequences or a backend that do not fit; sequences that are being traced
+    (under jit) cannot be checked.
     """
     _check(q, k, v, k_rope, scale, segment_ids, cu_seqlens)
     kernel = _takes_kernel(backend, q, k, v, k_rope)
@@ -80,11 +84,14 @@ def mla_attention(
     s, width = v.shape[1], v.shape[-1]
     packed = segment_ids is not None or cu_seqlens is not None
     how = _How(float(scale), causal and not packed and s == t, kernel)
+    cudnn = backend == "auto" and how.plain and not kernel and mla_attention_cudnn.takes(q, v)
     low, high = None, None
     if not (how.plain and how.kernel):
         low, high = _intervals(b, t, s, causal, segment_ids, cu_seqlens)
     if b and t and h and s and width:
         out, lse = _attend_padded(how, q, k, k_rope, v, low, high)
+        if cudnn:
+            out = mla_attention_cudnn.attend_causally(q, k, k_rope, v, scale=how.scale)
     else:
         out = jnp.zeros((b, t, h, width), q.dtype)
         lse = jnp.full((b, h, t), jnp.inf, jnp.float32)

@@ -1,4 +1,4 @@
-"""Paged decode in float32, a request at a time: what the kernels are held to."""
+"""Paged decode in float32, a few requests at a time: what the kernels are held to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jax import lax
 from pallas_kernels.latent_cache import LATENT, PAGE, dequantize_latent_cache
 
 EXACT = lax.Precision.HIGHEST
+MOST_GATHERED = 1 << 24  # numbers of tokens that are held at a time
 
 
 def decode(
@@ -19,7 +20,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(out [b, s, h, 512], lse [b, s, h]) of q [b, s, h, 576], as `mla_decode` says."""
     request = functools.partial(_request, cache, scale=scale, causal=causal)
-    return lax.map(lambda one: request(*one), (q, table, lengths))
+    together = max(1, MOST_GATHERED // (table.shape[1] * PAGE * q.shape[-1]))
+    return lax.map(lambda one: request(*one), (q, table, lengths), batch_size=together)
 
 
 def _request(

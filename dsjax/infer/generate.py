@@ -1,7 +1,8 @@
 """Text from a model: one jitted prefill, then one jitted step a token on the latent cache.
 
-Prompt and cache lengths are rounded up to powers of two, so few shapes are ever compiled. The
-module's arrays are flattened once: handing a module to jit costs more than a small step.
+Prompt and cache lengths are rounded up to powers of two, so few shapes are ever compiled; a cache
+is whole pages of 64 tokens, as decoding's kernel takes it. The module's arrays are flattened once:
+handing a module to jit costs more than a small step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from flax import nnx
 
 from dsjax.infer.sample import choose
 from dsjax.model import LatentCache, Transformer
+from pallas_kernels.latent_cache import PAGE
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -71,7 +73,7 @@ def _tokens(
     padded[:, :t] = prompt
     sampling = (jnp.float32(temperature), jnp.float32(top_p))
     key = jax.random.key(seed)
-    capacity = max(_bucket(t + count), padded.shape[1])
+    capacity = max(_bucket(t + count), PAGE)
     lengths = jnp.full((b,), t, jnp.int32)
     token, cache = _prefill(static, leaves, padded, lengths, capacity, key, sampling)
     for i in range(count):

@@ -1,5 +1,6 @@
 """The model: MLA, DeepSeekMoE, multi-token prediction. Adds only Flax to jax."""
 
+from dsjax.model.attention import local_attention
 from dsjax.model.block import LatentCache
 from dsjax.model.moe import Experts, local_experts
 from dsjax.model.placement import LOCAL, Placement
@@ -14,5 +15,6 @@ __all__ = [
     "RouterBias",
     "RouterStats",
     "Transformer",
+    "local_attention",
     "local_experts",
 ]

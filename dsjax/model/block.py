@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
     from dsjax.config import Model, Remat
+    from pallas_kernels.mla_decode import Plan
 
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,7 +52,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"], placement: Placement
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t w"], RouterStats | None]:
         """The layer on whole sequences; also its latents and, for MoE, its routing."""
-        attended, latents = self.attn.naive(rms_norm(x, self.attn_norm[...], self.eps), turn)
+        normed = rms_norm(x, self.attn_norm[...], self.eps)
+        attended, latents = self.attn.naive(normed, turn, placement.attention)
         x, stats = self._feed_forward(x + attended, placement)
         return placement.spread(x), latents, stats
 
@@ -59,19 +61,19 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         turn: Float[Array, "b t r/2 2"],
-        cache: Float[Array, "b s w"],
-        start: Int[Array, " b"],
+        latents: Float[Array, "l b s w"],
+        layer: Int[Array, ""],
+        lengths: Int[Array, " b"],
         placement: Placement,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s w"]]:
-        """The layer on new tokens at positions start, start + 1, ...; writes their latents."""
+        plan: Plan | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b s w"]]:
+        """Layer number `layer` on each row's last t of `lengths` tokens; writes their latents.
+
+        plan: `plan_decode`'s for these lengths.
+        """
         normed = rms_norm(x, self.attn_norm[...], self.eps)
-        new = self.attn.latents(normed, turn).astype(cache.dtype)
-        write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, 0)))
-        cache = write(cache, new, start)
-        positions = start[:, None] + jnp.arange(x.shape[1])
-        visible = jnp.arange(cache.shape[1]) <= positions[..., None]
-        x = x + self.attn.absorbed(normed, turn, cache, visible)
-        return self._feed_forward(x, placement)[0], cache
+        attended, latents = self.attn.absorbed(normed, turn, latents, layer, lengths, plan)
+        return self._feed_forward(x + attended, placement)[0], latents
 
     def _feed_forward(
         self, x: Float[Array, "b t d"], placement: Placement

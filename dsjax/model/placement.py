@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dsjax.model.attention import local_attention
 from dsjax.model.moe import Experts, local_experts
+
+if TYPE_CHECKING:
+    from dsjax.model.attention import Attention
 
 
 def _as_is(value: Any) -> Any:
@@ -17,6 +21,8 @@ def _as_is(value: Any) -> Any:
 class Placement:
     experts: Experts = local_experts
     """How tokens meet their routed experts."""
+    attention: Attention = local_attention
+    """How the tokens of a batch attend to each other; no kernel runs on a divided array."""
     gather: Callable[[Any], Any] = _as_is
     """Brings one layer's weights together before the layer runs (FSDP)."""
     spread: Callable[[Any], Any] = _as_is

@@ -14,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx
 
+from dsjax.model.attention import plan_decode
 from dsjax.model.block import Block, LatentCache, rematerialise, stack_blocks
 from dsjax.model.init import normal, ones
 from dsjax.model.mtp import Mtp
@@ -110,26 +111,25 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "b t"], cache: LatentCache
     ) -> tuple[Float[Array, "b t p"], LatentCache]:
         """Logits after each new token; t > 1 verifies several guesses at once."""
-        x = self.embedded(tokens)
-        start = cache.lengths
-        turn = rotation(self.config, start[:, None] + jnp.arange(tokens.shape[1]))
+        t, start = tokens.shape[1], cache.lengths
+        turn = rotation(self.config, start[:, None] + jnp.arange(t))
+        plan = plan_decode(self.config, cache.latents, start + t, t)
 
-        def layer(x: jax.Array, stacked: tuple[Block, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            block, latents = stacked
-            return block.decode(x, turn, latents, start, LOCAL)
+        def layer(
+            carry: tuple[jax.Array, jax.Array], stacked: tuple[Block, jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            block, number = stacked
+            return block.decode(carry[0], turn, carry[1], number, start + t, LOCAL, plan), None
 
-        split = self.config.dense_layers
-        written = []
-        for blocks, latents in (
-            (self.dense, cache.latents[:split]),
-            (self.moe, cache.latents[split:]),
-        ):
+        # The whole cache is carried, so that XLA writes the new tokens in place.
+        carry, layers = (self.embedded(tokens), cache.latents), jnp.arange(self.config.layers)
+        dense, moe = jnp.split(layers, [self.config.dense_layers])
+        for blocks, numbers in ((self.dense, dense), (self.moe, moe)):
             if blocks is not None:
-                x, new = jax.lax.scan(layer, x, (blocks, latents))
-                written.append(new)
+                carry, _ = jax.lax.scan(layer, carry, (blocks, numbers))
+        x, latents = carry
         x = rms_norm(x, self.norm[...], self.config.norm_eps)
-        cache = LatentCache(jnp.concatenate(written), start + tokens.shape[1])
-        return self.logits(x), cache
+        return self.logits(x), LatentCache(latents, start + t)
 
     def _layers(
         self, tokens: Int[Array, "b t"], placement: Placement, remat: Remat, keep_latents: bool

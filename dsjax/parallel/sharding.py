@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsjax.model import LOCAL, Placement, local_experts
+from dsjax.model import LOCAL, Placement, local_attention, local_experts
 from dsjax.parallel.mesh import AXES
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def placement_on(mesh: Mesh) -> Placement:
-    """The model's placement on a mesh: each device routes its own tokens, weights are gathered."""
+    """The model's placement on a mesh: each device has its own sequences, weights are gathered."""
     if mesh.size == 1:
         return LOCAL
     whole, spread = NamedSharding(mesh, P()), batch_sharding(mesh)
@@ -65,8 +66,21 @@ def placement_on(mesh: Mesh) -> Placement:
         out_specs=P(AXES),
         check_vma=False,
     )
+
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array, scale: float
+    ) -> jax.Array:
+        return jax.shard_map(
+            functools.partial(local_attention, scale=scale),
+            mesh=mesh,
+            in_specs=P(AXES),
+            out_specs=P(AXES),
+            check_vma=False,
+        )(q, k, v, k_rope)
+
     return Placement(
         experts=experts,
+        attention=attention,
         gather=gather,
         spread=lambda x: jax.lax.with_sharding_constraint(x, spread),
     )

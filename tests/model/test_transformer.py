@@ -13,6 +13,7 @@ from dsjax.config import Yarn
 from dsjax.model import LOCAL, LatentCache, RouterBias, Transformer
 from dsjax.model.block import Block, stack_blocks
 from dsjax.model.rope import rotation
+from pallas_kernels import device, sm90_mla_plan
 from tests.tiny import CONFIG, random_tokens, random_transformer
 
 VARIANTS = {
@@ -30,10 +31,12 @@ def forward(model: Transformer, tokens: jax.Array) -> jax.Array:
     return model(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def continued(model: Transformer, tokens: jax.Array, lengths: jax.Array, piece: int) -> tuple:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def continued(
+    model: Transformer, tokens: jax.Array, lengths: jax.Array, piece: int, capacity: int = CAPACITY
+) -> tuple:
     """Logits after each prompt and after each of the NEW tokens behind it, `piece` at a time."""
-    after, cache = model.prefill(tokens[:, :PADDED], lengths, CAPACITY)
+    after, cache = model.prefill(tokens[:, :PADDED], lengths, capacity)
     at = lengths[:, None] + jnp.arange(NEW)
     new = jnp.take_along_axis(tokens, at, axis=1)
 
@@ -68,6 +71,53 @@ def test_decoding_equals_the_full_forward_for_prompts_of_any_length(case, piece)
         assert_close(after[row], full[row, length - 1])
         assert_close(logits[row], full[row, length : length + NEW])
     np.testing.assert_array_equal(end, lengths + NEW)
+
+
+PUBLISHED = {"kv_lora_rank": 512, "qk_rope_dim": 64}
+
+
+def test_decoding_in_pages_equals_the_full_forward():
+    """All experts are chosen, as rounding may change the choice of some."""
+    model = random_transformer(precision="bf16", top_k=8, top_groups=4, **PUBLISHED)
+    tokens, lengths = random_tokens(len(LENGTHS), PADDED + NEW), jnp.array(LENGTHS)
+    full = forward(model, tokens)
+    _, logits, end = continued(model, tokens, lengths, 2, 64)
+    at = lengths[:, None] + jnp.arange(NEW)
+    expected = jnp.take_along_axis(full, at[..., None], axis=1)
+    assert jnp.sqrt(jnp.mean((logits - expected) ** 2) / jnp.mean(expected**2)) < 0.02
+    np.testing.assert_array_equal(end, lengths + NEW)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_decoding_does_not_copy_the_cache(precision):
+    """In pages and in rows: what a step needs beside the donated cache is a few layers of it."""
+    config = replace(CONFIG, layers=16, dense_layers=2, **PUBLISHED)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), precision=precision))
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[precision]
+    latents = jax.ShapeDtypeStruct((16, 32, 1024, 576), dtype)
+    cache = LatentCache(latents, jax.ShapeDtypeStruct((32,), jnp.int32))
+    tokens = jax.ShapeDtypeStruct((32, 2), jnp.int32)
+    step = jax.jit(Transformer.decode, donate_argnums=2).lower(model, tokens, cache)
+    memory, size = step.compile().memory_analysis(), latents.size * latents.dtype.itemsize
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 4
+
+
+def test_on_hopper_a_step_makes_one_plan_and_a_layer_runs_three_kernels(monkeypatch):
+    """Write, decode and sum of parts, in one loop over the layers."""
+    monkeypatch.setattr(device, "compute_capability", lambda: 9.0)
+    made, plan = [], sm90_mla_plan.plan
+    monkeypatch.setattr(sm90_mla_plan, "plan", lambda *of: made.append(of[1:]) or plan(*of))
+    config = replace(CONFIG, **VARIANTS["no MoE layers"], **PUBLISHED)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), precision="bf16"))
+    latents = jax.ShapeDtypeStruct((2, 3, 128, 576), jnp.bfloat16)
+    cache = LatentCache(latents, jax.ShapeDtypeStruct((3,), jnp.int32))
+    traced = jax.jit(Transformer.decode).trace(
+        model, jax.ShapeDtypeStruct((3, 2), jnp.int32), cache
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
+    assert len(made) == 1
 
 
 def test_what_stands_behind_a_prompt_does_not_matter():

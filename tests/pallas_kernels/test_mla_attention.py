@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mla_attention_reference, sm90_mla_backward, sm90_mla_prefill
+from pallas_kernels import (
+    device,
+    mla_attention_cudnn,
+    mla_attention_reference,
+    sm90_mla_backward,
+    sm90_mla_prefill,
+)
 from pallas_kernels.mla_attention import mla_attention
 
 pytestmark = pytest.mark.usefixtures("auto_is_the_reference")
 door = sys.modules[mla_attention.__module__]
+card = device.compute_capability  # that of this process, for the tests that need it
 SCALE = 0.3
 attend = functools.partial(mla_attention, scale=SCALE)
 
@@ -229,6 +236,90 @@ def test_what_is_no_whole_tile_is_filled(t, s, options, monkeypatch):
         results.append([np.asarray(x, np.float32) for x in found])
     assert_attends(*results, 2e-2)
     assert rising == ([True, True] if options or t != s else [])
+
+
+def rotary(operands, r):
+    """q, k, v as q, k without its last columns, v and what stood there at the first head."""
+    q, k, v = operands
+    return q, k[..., :-r], v, k[:, :, 0, -r:]
+
+
+@pytest.mark.parametrize(
+    ("card", "dq", "dv", "takes"),
+    [(9.0, 192, 128, True), (8.9, 192, 128, False), (8.0, 96, 64, True), (7.5, 96, 64, False),
+     (9.0, 64, 128, False), (9.0, 60, 60, False), (0.0, 96, 64, False)],
+)  # fmt: skip
+def test_cudnn_is_chosen_where_the_card_takes_the_width(monkeypatch, card, dq, dv, takes):
+    monkeypatch.setattr(device, "compute_capability", lambda: card)
+    q, _, v, *_ = inputs(8, dq=dq, dv=dv, dtype=jnp.bfloat16)
+    assert mla_attention_cudnn.takes(q, v) is takes
+    assert not mla_attention_cudnn.takes(q.astype(jnp.float32), v)
+
+
+def test_cudnn_attends_where_it_is_chosen_and_lse_is_exact(monkeypatch):
+    """With XLA's attention in cuDNN's place."""
+    monkeypatch.setattr(device, "compute_capability", lambda: 8.0)
+    chosen, right = [], jax.nn.dot_product_attention
+
+    def product(*operands, implementation, **how):
+        chosen.append(implementation)
+        return right(*operands, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", product)
+    *operands, d_out, d_lse = inputs(40, dtype=jnp.bfloat16)
+    operands = rotary(operands, 8)
+    results = []
+    for backend in ("auto", "reference"):
+
+        def run(q, k, v, rope, backend=backend):
+            return attend(q, k, v, k_rope=rope, backend=backend)
+
+        found = pulled(run, operands, d_out, d_lse)
+        results.append([np.asarray(x, np.float32) for x in found])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+    assert_attends(*results, 3e-2)
+    assert chosen == ["cudnn"]
+    q, k, v, rope = operands
+    attend(q[:, 1:], k, v, k_rope=rope)
+    attend(q, k, v, k_rope=rope, causal=False)
+    attend(q, k, v, k_rope=rope, segment_ids=ids_of([40], 2))
+    attend(*(x.astype(jnp.float32) for x in (q, k, v)), k_rope=rope.astype(jnp.float32))
+    assert chosen == ["cudnn"]
+
+
+def test_lse_that_is_not_used_costs_cudnn_nothing(monkeypatch):
+    """XLA drops the reference, its backward pass too."""
+    monkeypatch.setattr(mla_attention_cudnn, "takes", lambda q, v: True)
+    monkeypatch.setattr(mla_attention_cudnn, "attend_causally", lambda q, *_, scale: q[..., :16])
+    monkeypatch.setattr(door, "takes_kernels", lambda backend: False)
+    q, k, v, *_ = inputs(8)
+
+    def loss(x):
+        layers = jax.lax.scan(
+            lambda c, _: (jnp.sin(attend(q + c, k, v)[0].sum()), None), x, None, 3
+        )
+        return layers[0]
+
+    text = jax.jit(jax.value_and_grad(loss)).lower(1.0).compile().as_text()
+    assert "dot(" not in text
+    assert "exponential" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("t", "dq", "dv"), [(300, 48, 32), (1024, 96, 64), (64, 256, 128)])
+def test_cudnn(t, dq, dv, monkeypatch):
+    monkeypatch.setattr(device, "compute_capability", card)
+    *operands, d_out, _ = inputs(t, dq=dq, dv=dv, dtype=jnp.bfloat16)
+    assert mla_attention_cudnn.takes(operands[0], operands[2])
+    operands, results = rotary(operands, 16), []
+    for backend in ("auto", "reference"):
+
+        def run(q, k, v, rope, backend=backend):
+            return attend(q, k, v, k_rope=rope, backend=backend)[0]
+
+        out, pull = jax.vjp(run, *operands)
+        results.append([np.asarray(x, np.float32) for x in (out, *pull(d_out))])
+    assert_attends(*results, 5e-2)
 
 
 SHAPES = (2, 8, 3, 24), (2, 8, 3, 24), (2, 8, 3, 16)

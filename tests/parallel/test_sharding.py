@@ -1,6 +1,7 @@
 """The same run on one device and on every mesh of eight; what is divided, and what is refused."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import pytest
 
 from dsjax.checkpoint import CheckpointStore
 from dsjax.config import Mesh, Run
+from dsjax.model import attention
 from dsjax.parallel import build_mesh, state_shardings
-from dsjax.parallel.sharding import SMALL, fsdp_spec
+from dsjax.parallel.sharding import SMALL, batch_sharding, fsdp_spec, placement_on
 from dsjax.train.runtime import Runtime, load_corpus
 from dsjax.train.step import TrainState, build_step
 from tests.train.conftest import draw_state, make_run, quick_compilation, write_text
@@ -114,6 +116,30 @@ def test_every_array_keeps_its_sharding_so_the_step_compiles_once(mesh, on):
     ):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
     assert ran.runtime._step._cache_size() == 1
+
+
+def test_each_device_attends_to_its_own_sequences(monkeypatch):
+    """Kernels too, which XLA cannot divide: what they are called with is one device's part."""
+    door, seen = attention.mla_attention, []
+
+    def watched(q, *operands, **how):
+        seen.append(q.shape)
+        return door(q, *operands, **how)
+
+    monkeypatch.setattr(attention, "mla_attention", watched)
+    mesh = build_mesh(Mesh(2, 4))
+    shapes = (16, 5, 3, 12), (16, 5, 3, 8), (16, 5, 3, 6), (16, 5, 4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    operands = [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
+    expected = attention.local_attention(*operands, 0.3)
+    divided = jax.device_put(operands, batch_sharding(mesh))
+    run = jax.jit(lambda *operands: placement_on(mesh).attention(*operands, 0.3))
+    compiled = run.lower(*divided).compile()
+    assert seen == [(16, 5, 3, 12), (2, 5, 3, 12)]
+    assert not re.search("all-|collective", compiled.as_text())
+    found = compiled(*divided)
+    assert found.addressable_shards[0].data.shape == (2, 5, 3, 6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_layers_of_a_stack_are_never_divided():
