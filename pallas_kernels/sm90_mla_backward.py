@@ -8,13 +8,14 @@
 * Sums do not depend on chance: tiles of keys add to a tile of queries in turn, from the last that
   it sees to the first. All start at their diagonal, so each finds the one before it two steps
   ahead, and what it waits for has mostly happened. Units are dealt in an order in which none comes
-  before one that it waits for. All CTAs must run at once for that, one an SM: a process that may
-  not use all SMs that its device counts (by MPS limits, say) would wait for ever.
+  before one that it waits for. All CTAs must run at once for that, one an SM: a process that MPS
+  lets use a part of them would wait for ever, and is refused.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import types
 from typing import Any
 
@@ -47,6 +48,8 @@ def backward(
     *, scale: float, d_lse: jax.Array | None = None, interpret: Any = None, sms: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
     """(dq, dk, dk_rope, dv) of `sm90_mla_prefill.forward`, for operands padded as it wants them."""
+    if interpret is None:
+        _check_share()
     b, t, h, width = q.shape
     call = Call(
         heads=h, keys=k.shape[1], q=width, v=v.shape[-1], rope_apart=k_rope is not None,
@@ -65,6 +68,15 @@ def backward(
     if d_rope is not None:
         d_rope = d_rope.astype(jnp.float32).sum(2).astype(q.dtype)
     return dq.astype(q.dtype), dk, d_rope, dv
+
+
+def _check_share() -> None:
+    name = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+    if os.environ.get(name, "100") not in ("", "100"):
+        raise ValueError(
+            f"{name} is {os.environ[name]}: expected 100 or none, as this kernel's blocks wait for "
+            'one another on all SMs at once; take backend="reference" in such a process'
+        )
 
 
 def _launch(
@@ -141,7 +153,6 @@ def _run(call: Call, refs: Any) -> None:
 
         @pl.when(total > 0)  # the last phases
         def _() -> None:
-            plgpu.barrier_wait(refs.ds_empty)
             if call.chunks > 1:
                 plgpu.barrier_wait(refs.own_empty.at[wg])
             if call.shared is not None:

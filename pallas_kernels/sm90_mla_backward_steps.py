@@ -88,16 +88,27 @@ def differentiate(
 ) -> None:
     plgpu.barrier_wait(refs.keys_full)
     step = functools.partial(_step, call, refs, wg, unit, done)
-    at = unit.batch, pl.ds(unit.tile * KEYS + wg * ROWS, ROWS), unit.head
 
     def store(dk: jax.Array, dv: jax.Array) -> None:
-        plgpu.barrier_arrive(refs.keys_empty)
+        """By way of the keys' and values' shared memory, once nobody multiplies with them."""
+        pl.when(unit.count > 0)(functools.partial(plgpu.barrier_wait, refs.ds_empty))
+        at = unit.batch, pl.ds(unit.tile * KEYS + wg * ROWS, ROWS), unit.head
+        zero = opaque_zero(call.on_device)
+        values, keys = refs.v_s.at[wg + zero], refs.k_s
+        values[...] = dv.astype(refs.dv.dtype)
         dk = (dk * call.scale).astype(refs.dk.dtype)
-        width = call.q - call.rope
-        refs.dk.at[at][...] = dk[:, :width] if call.rope else dk
-        if call.rope:
-            refs.d_rope.at[at][...] = dk[:, width:]
-        refs.dv.at[at][...] = dv.astype(refs.dv.dtype)
+        first = wg * call.chunks + zero
+        for chunk in range(call.chunks):
+            keys.at[first + chunk][...] = dk[:, chunk * CHUNK : (chunk + 1) * CHUNK]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(values, refs.dv.at[at])
+        for chunk in range(call.chunks):
+            apart = call.rope and chunk == call.chunks - 1
+            columns = pl.ds(chunk * CHUNK, CHUNK)
+            place = refs.d_rope.at[at] if apart else refs.dk.at[(*at, columns)]
+            plgpu.copy_smem_to_gmem(keys.at[first + chunk], place)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.keys_empty)
 
     def steps(sums: Any) -> Any:
         clear, mixed = lax.min(unit.clear, unit.count), lax.min(unit.mixed, unit.count)
@@ -144,7 +155,7 @@ def _step(
         ds = weights.astype(jnp.float32) * _product(call, refs, wg, slot, zero, DELTA)
         ds = ds.astype(jnp.bfloat16)
         sums = _interpreted_sums(refs, slot, weights, ds, sums)
-    pl.when(done + i > 0)(functools.partial(plgpu.barrier_wait, refs.ds_empty))
+    pl.when(i > 0)(functools.partial(plgpu.barrier_wait, refs.ds_empty))
     refs.ds_s.at[wg][...] = ds
     for_wgmma(call.on_device)
     plgpu.barrier_arrive(refs.ds_full)

@@ -139,6 +139,12 @@ def test_lowers_for_cuda(widths, rope, plain):
     assert "mosaic_gpu" in text
 
 
+def test_a_share_of_the_device_is_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "40")
+    with pytest.raises(ValueError, match="PERCENTAGE is 40: expected 100"):
+        gradients(*problem(128, 128), plain=True, sms=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rope", [0, 64])
 @pytest.mark.parametrize("widths", HOPPER_WIDTHS)
