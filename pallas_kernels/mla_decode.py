@@ -190,7 +190,7 @@ def _check_plan(plan: Plan, b: int, s: int, h: int) -> None:
             f"plan is of {plan.parts} parts: expected {parts}, as `plan_mla_decode` makes here for "
             f"{s} queries and {h} heads"
         )
-    checks.exact("plan.starts", plan.starts, (parts + 1, 2), jnp.int32)
+    checks.exact("plan.starts", plan.starts, (parts + 1, 3), jnp.int32)
     checks.exact("plan.splits", plan.splits, (parts, 3), jnp.int32)
     checks.exact("plan.count", plan.count, (1,), jnp.int32)
     if b and not isinstance(plan.starts, Tracer):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import in_place
@@ -35,15 +36,25 @@ def combine(
     layout = plgpu.Layout.WG_STRIDED((width,), width // 128)
 
     def kernel(part_out, part_lse, splits, count, out, lse):
-        if interpret is None:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-        cta = lax.axis_index("cta")
+        cta, of_rows = lax.axis_index("cta"), jnp.int32(rows)
 
-        def row(i: Any, _: None) -> None:
+        def split_of(unit: Any) -> tuple[Any, ...]:
+            at = lax.min(lax.div(unit, of_rows), jnp.int32(plan.parts - 1))
+            return tuple(splits[at, k] for k in range(3))
+
+        # The next kernel may take the SMs that this one leaves at once. The plan may be read before
+        # `decode` is done, which was given all of it and started this kernel after its own wait.
+        # One CTA at least stays until then: what follows relies on all before this kernel, too.
+        if interpret is None:
+            plgpu.griddepcontrol_launch_dependents()
+        units, first_split = count[0] * rows, split_of(cta)
+        if interpret is None:
+            pl.when((cta < units) | (cta == 0))(plgpu.griddepcontrol_wait)
+
+        def row(i: Any, now: tuple[Any, ...]) -> tuple[Any, ...]:
             unit = cta + i * grid
-            at, row = lax.div(unit, jnp.int32(rows)), lax.rem(unit, jnp.int32(rows))
-            request, first, last = (splits[at, k] for k in range(3))
+            row, upcoming = lax.rem(unit, of_rows), split_of(unit + grid)
+            request, first, last = now
 
             def some(chunk: Any, carry: Any) -> Any:
                 sums, total, highest = carry
@@ -72,9 +83,10 @@ def combine(
             out.at[request, row][...] = (sums / total).astype(out.dtype)
             seen = (highest + jnp.log2(total)) * LN2
             lse[request, row] = lax.select(highest > LOWEST / 2, seen, jnp.float32(jnp.inf))
+            return upcoming
 
-        units = count[0] * rows
-        lax.fori_loop(0, lax.div(lax.max(units - cta, 0) + (grid - 1), jnp.int32(grid)), row, None)
+        some = lax.div(lax.max(units - cta, 0) + (grid - 1), jnp.int32(grid))
+        lax.fori_loop(0, some, row, first_split)
 
     places = in_place.borrow(out), in_place.borrow(lse)
     plgpu.kernel(

@@ -32,10 +32,11 @@ from pallas_kernels.sm90_mla_pages import (
     HALF,
     KEY,
     LATENT,
-    LEFT,
     PAGE,
+    PARTS,
+    QUARTER,
+    QUARTERS,
     QUEUES,
-    RIGHT,
     ROPE,
     ROWS,
     Decode,
@@ -47,7 +48,6 @@ from pallas_kernels.sm90_mla_pages import (
 )
 from pallas_kernels.sm90_mla_plan import STEP, Plan
 from pallas_kernels.sm90_registers import (
-    add_product,
     broadcast,
     for_wgmma,
     opaque_zero,
@@ -58,7 +58,6 @@ from pallas_kernels.sm90_registers import (
 from pallas_kernels.sm90_tile import swizzled
 
 LOG2E = math.log2(math.e)
-QUARTER = HALF // 2
 MMA = plgpu.Layout.WGMMA
 ROW, COL = MMA.reduce(1), MMA.reduce(0)
 SLACK = 8.0  # by how much (base 2) a maximum may be exceeded before all is rescaled
@@ -82,7 +81,7 @@ def decode(
     q = jnp.pad(q, ((0, 0), (0, rows - call.rows), (0, 0)))
     partial = 2 * plan.parts
 
-    def kernel(q, cache, table, lengths, starts, out, lse, part_out, part_lse, **scratch):
+    def kernel(q, cache, table, lengths, starts, _, __, out, lse, part_out, part_lse, **scratch):
         refs = types.SimpleNamespace(
             q=q, cache=cache, table=table, lengths=lengths, starts=starts, out=out, lse=lse,
             part_out=part_out, part_lse=part_lse, on_device=interpret is None, **scratch,
@@ -109,17 +108,16 @@ def decode(
                 swizzled((2, ROWS, QUARTER), jnp.float32),
             ),
             weights_s=swizzled((2, ROWS, ROPE), q.dtype),
-            left_s=swizzled((2, PAGE, HALF), q.dtype),
-            right_s=swizzled((2, PAGE, HALF), q.dtype),
+            latent_s=swizzled((2 * QUARTERS, PAGE, QUARTER), q.dtype),
             rope_s=swizzled((2, PAGE, ROPE), q.dtype),
             rows_s=plgpu.SMEM((4, ROWS), jnp.float32),
             q_full=barrier(num_arrivals=2),
             key_full=barrier(),
             q_empty=barrier(num_arrivals=2),
             q_held=barrier(),
-            full=barrier(num_barriers=6),
+            full=barrier(num_barriers=2 * PARTS),
             **({} if call.source == "pages" else dict(places_s=plgpu.SMEM((2 * STEP,), jnp.int32))),
-            empty=emptied(num_barriers=6),
+            empty=emptied(num_barriers=2 * PARTS),
             bound_full=barrier(num_barriers=2),
             weights_full=barrier(num_barriers=2),
             sum_full=barrier(num_barriers=2),
@@ -135,7 +133,7 @@ def decode(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
-    )(q, cache, table, lengths, plan.starts)
+    )(q, cache, table, lengths, *plan)
 
 
 def _run(call: Decode, refs: Any) -> None:
@@ -179,7 +177,7 @@ def _attend(call: Decode, refs: Any, wg: int, piece: Piece, done: Scalar) -> Non
         middle = piece.first
     step = functools.partial((_even, _odd)[wg], call, refs, piece, query, done - piece.first)
     carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, HALF), jnp.float32), MMA),
+        (plgpu.layout_cast(jnp.zeros((ROWS, QUARTER), jnp.float32), MMA),) * 2,
         plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
     )
@@ -197,28 +195,40 @@ def _rope_query(refs: Any) -> jax.Array:
     return plgpu.load(refs.weights_s.at[0], layout=MMA, optimized=False)
 
 
-def _scores(refs: Any, slot: int, query: jax.Array, zero: Scalar) -> jax.Array:
-    """The query times a page, whose parts are taken as they arrive."""
-    at, index = zero + slot, slot * 3
-    halves = ((LEFT, refs.left_s), (RIGHT, refs.right_s))
+def _own(wg: int) -> tuple[int, int]:
+    """The quarters of the latents whose sums a warpgroup makes."""
+    return 2 * wg, 2 * wg + 1
+
+
+def _scores(refs: Any, wg: int, query: jax.Array, zero: Scalar) -> jax.Array:
+    """The query times a page, whose parts are taken as they arrive: those that the other warpgroup
+    sets free come last."""
+    order = (*_own(wg), *_own(1 - wg))
 
     def issue(scores: Any) -> None:
-        plgpu.barrier_wait(refs.full.at[index + KEY])
-        plgpu.wgmma(scores, query, refs.rope_s.at[at].T)
-        for part, keys in halves if slot == 0 else halves[::-1]:
-            plgpu.barrier_wait(refs.full.at[index + part])
-            plgpu.wgmma(scores, refs.q_s.at[zero + part], keys.at[at].T)
+        plgpu.barrier_wait(refs.full.at[wg * PARTS + KEY])
+        plgpu.wgmma(scores, query, refs.rope_s.at[zero + wg].T)
+        for part in order:
+            plgpu.barrier_wait(refs.full.at[wg * PARTS + part])
+            columns = refs.q_s.at[zero + part // 2, :, pl.ds(part % 2 * QUARTER, QUARTER)]
+            plgpu.wgmma(scores, columns, refs.latent_s.at[zero + wg * QUARTERS + part].T)
 
     if refs.on_device:
-        return product((ROWS, PAGE), issue)
-    for part in range(3):  # the interpreter takes no first operand from registers
-        plgpu.barrier_wait(refs.full.at[index + part])
-    keys = [ref[slot] for ref in (refs.left_s, refs.right_s, refs.rope_s)]
-    both = (
-        jnp.concatenate(x, axis=1).astype(jnp.float32)
-        for x in ((refs.q_s[0], refs.q_s[1], query), keys)
-    )
-    return jnp.dot(next(both), next(both).T)
+        found = product((ROWS, PAGE), issue)
+    else:  # the interpreter takes no first operand from registers
+        for part in (KEY, *order):
+            plgpu.barrier_wait(refs.full.at[wg * PARTS + part])
+        pages = [
+            *(refs.latent_s[wg * QUARTERS + part] for part in range(QUARTERS)),
+            refs.rope_s[wg],
+        ]
+        both = (
+            jnp.concatenate(x, axis=1).astype(jnp.float32)
+            for x in ((refs.q_s[0], refs.q_s[1], query), pages)
+        )
+        found = jnp.dot(next(both), next(both).T)
+    plgpu.barrier_arrive(refs.empty.at[wg * PARTS + KEY])
+    return found
 
 
 def _masked(
@@ -242,23 +252,23 @@ def _clean(refs: Any, slot: int, valid: Scalar) -> None:
 
     @pl.when(valid < PAGE)
     def _() -> None:
-        for ref in (refs.left_s, refs.right_s):
-            for left in range(0, HALF, ROPE):
-                piece = ref.at[slot, :, pl.ds(left, ROPE)]
+        for part in range(QUARTERS):
+            for left in range(0, QUARTER, ROPE):
+                piece = refs.latent_s.at[slot * QUARTERS + part, :, pl.ds(left, ROPE)]
                 values = plgpu.load(piece, layout=MMA, optimized=False)
                 row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MMA)
                 piece[...] = jnp.where(row < valid, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
 
 
 def _weigh(
     call: Decode, refs: Any, wg: int, piece: Piece, page: Scalar, scores: jax.Array,
     highest: Callable[[], jax.Array], masked: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Weights of a page: (bound before, bound with it, their sums, the weights rounded).
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Weights of a page: (bound before, bound with it, the weights), in float32.
 
     Weights are powers of 2 of the scores less a bound that scores may exceed by SLACK, so that it
-    seldom changes and sums are seldom rescaled. The other warpgroup is told the bound first and
-    the weights then.
+    seldom changes and sums are seldom rescaled. The other warpgroup is told the bound first.
     """
     factor = call.scale * LOG2E
     own = jnp.max(scores, axis=1) * factor
@@ -266,14 +276,9 @@ def _weigh(
     bound = jnp.where(own > before + SLACK, own, before)
     refs.rows_s.at[wg][...] = bound
     plgpu.barrier_arrive(refs.bound_full.at[wg])
-    weights = jnp.exp2(scores * factor - broadcast(bound, scores.shape))
-    rounded = weights.astype(refs.weights_s.dtype)
-    refs.weights_s.at[wg][...] = rounded
     if masked and call.source == "pages":
         _clean(refs, wg, piece.length - page * PAGE)
-    for_wgmma(refs.on_device)
-    plgpu.barrier_arrive(refs.weights_full.at[wg])
-    return before, bound, jnp.sum(weights, axis=1), rounded
+    return before, bound, jnp.exp2(scores * factor - broadcast(bound, scores.shape))
 
 
 def _told(refs: Any, wg: int) -> jax.Array:
@@ -282,11 +287,53 @@ def _told(refs: Any, wg: int) -> jax.Array:
     return plgpu.load(refs.rows_s.at[wg], layout=ROW, optimized=False)
 
 
-def _add(refs: Any, out: jax.Array, weights: Any, values: Any) -> jax.Array:
-    """out + weights x values; weights in registers or in shared memory."""
+def _add(
+    refs: Any, wg: int, out: tuple[jax.Array, ...], weights: Any, slot: int, zero: Scalar,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """out + weights x this warpgroup's columns of a page, which are set free; the weights are in
+    registers or in shared memory. `meanwhile` is done under the products."""
+    values = [refs.latent_s.at[zero + slot * QUARTERS + part] for part in _own(wg)]
+    freed = [refs.empty.at[slot * PARTS + part] for part in _own(wg)]
+
+    def run(*sums: Any) -> tuple[jax.Array, ...]:
+        for ref, before in zip(sums, out, strict=True):
+            ref[...] = before
+        for ref, columns in zip(sums, values, strict=True):
+            plgpu.wgmma(ref, weights, columns)
+        meanwhile()
+        for left, barrier in zip((1, 0), freed, strict=True):
+            plgpu.wgmma_wait(left)
+            plgpu.barrier_arrive(barrier)
+        return tuple(ref[...] for ref in sums)
+
     if refs.on_device:
-        return add_product(out, lambda ref: plgpu.wgmma(ref, weights, values))
-    return out + jnp.dot(weights[...].astype(jnp.float32), values[...].astype(jnp.float32))
+        return pl.run_scoped(run, *(plgpu.ACC((ROWS, QUARTER), jnp.float32),) * 2)
+    meanwhile()
+    known = weights[...].astype(jnp.float32)
+    pages = (ref[...].astype(jnp.float32) for ref in values)
+    out = tuple(x + jnp.dot(known, page) for x, page in zip(out, pages, strict=True))
+    for barrier in freed:
+        plgpu.barrier_arrive(barrier)
+    return out
+
+
+def _add_own(
+    refs: Any, wg: int, out: tuple[jax.Array, ...], weights: jax.Array, zero: Scalar
+) -> tuple[jax.Array, ...]:
+    """The same of this warpgroup's own page; the other warpgroup is handed its weights."""
+    rounded = weights.astype(refs.weights_s.dtype)
+
+    def hand_over() -> None:
+        refs.weights_s.at[wg][...] = rounded
+        for_wgmma(refs.on_device)
+        plgpu.barrier_arrive(refs.weights_full.at[wg])
+
+    return _add(refs, wg, out, rounded, wg, zero, hand_over)
+
+
+def _rescaled(refs: Any, out: tuple[jax.Array, ...], by: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(rescale(x, by, refs.on_device) for x in out)
 
 
 def _even(call, refs, piece, query, earlier, i, carry, *, masked):
@@ -294,21 +341,17 @@ def _even(call, refs, piece, query, earlier, i, carry, *, masked):
     out, highest, total = carry
     zero = opaque_zero(refs.on_device)
     scores = _scores(refs, 0, query, zero)
-    plgpu.barrier_arrive(refs.empty.at[KEY])
     if masked:
         scores = _masked(call, refs, 0, piece, earlier + i, 2 * i, scores)
-    _, bound, sums, weights = _weigh(call, refs, 0, piece, 2 * i, scores, lambda: highest, masked)
+    _, bound, weights = _weigh(call, refs, 0, piece, 2 * i, scores, lambda: highest, masked)
     by = jnp.exp2(highest - bound)
-    out = rescale(out, by, refs.on_device)
-    out = _add(refs, out, weights, refs.left_s.at[zero])
-    plgpu.barrier_arrive(refs.empty.at[LEFT])
-    total = total * by + sums
+    out = _add_own(refs, 0, _rescaled(refs, out, by), weights, zero)
+    total = total * by + weights.sum(axis=1)
     latest = _told(refs, 1)
     by = jnp.exp2(bound - latest)
-    out = rescale(out, by, refs.on_device)
+    out = _rescaled(refs, out, by)
     plgpu.barrier_wait(refs.weights_full.at[1])
-    out = _add(refs, out, refs.weights_s.at[zero + 1], refs.left_s.at[zero + 1])
-    plgpu.barrier_arrive(refs.empty.at[3 + LEFT])
+    out = _add(refs, 0, out, refs.weights_s.at[zero + 1], 1, zero)
     return out, latest, total * by
 
 
@@ -318,26 +361,22 @@ def _odd(call, refs, piece, query, earlier, i, carry, *, masked):
     out, highest, total = carry
     zero = opaque_zero(refs.on_device)
     scores = _scores(refs, 1, query, zero)
-    plgpu.barrier_arrive(refs.empty.at[3 + KEY])
     if masked:
         scores = _masked(call, refs, 1, piece, earlier + i, 2 * i + 1, scores)
-    before, bound, sums, weights = _weigh(
+    before, bound, weights = _weigh(
         call, refs, 1, piece, 2 * i + 1, scores, lambda: _told(refs, 0), masked
     )
     by = jnp.exp2(highest - bound)
-    out = rescale(out, by, refs.on_device)
-    out = _add(refs, out, weights, refs.right_s.at[zero + 1])
-    plgpu.barrier_arrive(refs.empty.at[3 + RIGHT])
+    out = _add_own(refs, 1, _rescaled(refs, out, by), weights, zero)
     plgpu.barrier_wait(refs.weights_full.at[0])
     others = plgpu.load(refs.weights_s.at[0], layout=MMA, optimized=False)
     others = others * broadcast(jnp.exp2(before - bound).astype(others.dtype), others.shape)
-    out = _add(refs, out, others, refs.right_s.at[zero])
-    plgpu.barrier_arrive(refs.empty.at[RIGHT])
-    return out, bound, total * by + sums
+    out = _add(refs, 1, out, others, 0, zero)
+    return out, bound, total * by + weights.sum(axis=1)
 
 
 def _finish(
-    call: Decode, refs: Any, wg: int, piece: Piece, out: jax.Array, highest: jax.Array,
+    call: Decode, refs: Any, wg: int, piece: Piece, out: tuple[jax.Array, ...], highest: jax.Array,
     total: jax.Array,
 ) -> None:  # fmt: skip
     """Add up both warpgroups' sums of weights, divide, and store; whole output goes out by way of
@@ -347,29 +386,31 @@ def _finish(
     plgpu.barrier_wait(refs.sum_full.at[1 - wg])
     total = total + plgpu.load(refs.rows_s.at[3 - wg], layout=ROW, optimized=False)
     some = jnp.where(total > 0, total, 1.0)
-    out = out * broadcast(1.0 / some, out.shape)
+    share = 1.0 / some
+    out = tuple(x * broadcast(share, x.shape) for x in out)
     lse = jnp.where(total > 0, highest + jnp.log2(some), LOWEST)
     row = block(call) * ROWS
     rows = pl.ds(row, ROWS)
 
     def partial() -> None:
-        for half in range(2):
-            columns = pl.ds(wg * HALF + half * QUARTER, QUARTER)
-            values = out[:, half * QUARTER : (half + 1) * QUARTER]
-            send(refs.sums_s.at[wg], values, refs.part_out.at[piece.slot, rows, columns])
+        staged = refs.sums_s.at[wg]
+        for part, values in zip(_own(wg), out, strict=True):
+            staged[...] = values
+            send(staged, refs.part_out.at[piece.slot, rows, pl.ds(part * QUARTER, QUARTER)])
         if wg == 0:
             refs.part_lse.at[piece.slot, rows][...] = lse
 
     def whole() -> None:
-        columns = pl.ds(wg * HALF, HALF)
-        values = out.astype(refs.out.dtype)
-        send(refs.staged_s.at[wg], values, refs.out.at[piece.request, rows, columns])
+        staged = refs.staged_s.at[wg]
+        for half, values in enumerate(out):
+            columns = staged.at[:, pl.ds(half * QUARTER, QUARTER)]
+            columns[...] = values.astype(refs.out.dtype)
+        send(staged, refs.out.at[piece.request, rows, pl.ds(wg * HALF, HALF)])
         if wg == 0:
             natural = jnp.where(total > 0, lse * (1 / LOG2E), jnp.inf)
             store_rows(refs.lse.at[piece.request], natural, row, call.rows - row, refs.on_device)
 
-    def send(staged: Any, values: jax.Array, place: Any) -> None:
-        staged[...] = values
+    def send(staged: Any, place: Any) -> None:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, place)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -18,9 +18,17 @@ from pallas_kernels.sm90_registers import prefetch
 
 Scalar = Any
 ROWS, PAGE, LATENT, ROPE = 64, 64, 512, 64
-HALF = LATENT // 2
-LEFT, RIGHT, KEY = range(3)  # parts of a page: halves of the latent, and the rotated key
-QUEUES = (((0, KEY), (0, LEFT)), ((0, RIGHT),), ((1, KEY), (1, RIGHT)), ((1, LEFT),))
+HALF, QUARTER = LATENT // 2, LATENT // 4
+QUARTERS, PARTS = 4, 5  # of a page: quarters of the latents and, last, the rotated keys
+KEY = QUARTERS
+# Parts (slot, part) in the order in which they become free, for a warp each. The smaller the parts,
+# the sooner the next page comes: its way is most of what the loop waits for.
+QUEUES = (
+    ((0, KEY), (0, 0), (0, 1)),
+    ((0, 2), (0, 3)),
+    ((1, KEY), (1, 2), (1, 3)),
+    ((1, 0), (1, 1)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,22 +74,22 @@ class Piece:
 def pieces(refs: Any, body: Callable[[Piece, Scalar], None]) -> Scalar:
     """body(piece, steps before it) for each of this part; returns the number of steps."""
     part = lax.axis_index("part")
-    (begin, first), (end, last) = (
-        (refs.starts[part + i, 0], refs.starts[part + i, 1]) for i in range(2)
-    )
+    begin, first, length = (refs.starts[part, k] for k in range(3))
+    end, last = (refs.starts[part + 1, k] for k in range(2))
 
-    def some(request: Scalar, done: Scalar) -> Scalar:
-        length = refs.lengths[request]
+    def some(request: Scalar, carry: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        done, length = carry
+        upcoming = refs.lengths[lax.min(request + 1, jnp.int32(refs.lengths.shape[0] - 1))]
         steps = lax.max(lax.div(length + (STEP - 1), jnp.int32(STEP)), jnp.int32(1))
         start = lax.select(request == begin, first, jnp.int32(0))
         stop = lax.select(request == end, last, steps)
         split = (start > 0) | (stop < steps)
         slot = 2 * part + lax.convert_element_type(start == 0, jnp.int32)
         body(Piece(request, length, start, stop, split, slot), done)
-        return done + stop - start
+        return done + stop - start, upcoming
 
     after = lax.select(last > 0, end + 1, end)
-    return lax.fori_loop(begin, after, some, jnp.int32(0))
+    return lax.fori_loop(begin, after, some, (jnp.int32(0), length))[0]
 
 
 def block(call: Decode) -> Scalar:
@@ -100,7 +108,7 @@ def fetch_all(call: Decode, refs: Any, warp: int | None) -> None:
         if warp in (0, None):
             plgpu.barrier_wait(refs.q_empty)
         for slot, part in queue:
-            plgpu.barrier_wait(refs.empty.at[slot * 3 + part])
+            plgpu.barrier_wait(refs.empty.at[slot * PARTS + part])
 
 
 def _fetch(
@@ -122,13 +130,14 @@ def _fetch(
         for slot, part in queue:
             page = now[slots.index(slot)]
             _fetch_part(call, refs, page, slot, part, done + i - piece.first > 0)
+        if with_query:  # behind keys, whose place is free while the last piece's output leaves
+            query = functools.partial(fetch_query, call, refs, piece, done)
+            pl.when(i == piece.first)(query)
         if call.pair and refs.on_device and queue in (QUEUES[1], QUEUES[3]):
             ahead = functools.partial(prefetch, refs.cache.at[upcoming[0]])
             pl.when((i + 1 < piece.last) & (block(call) == 0))(ahead)
         return upcoming
 
-    if with_query:
-        fetch_query(call, refs, piece, done)
     lax.fori_loop(piece.first, piece.last, step, pages(piece.first))
 
 
@@ -146,11 +155,11 @@ def fetch_query(call: Decode, refs: Any, piece: Piece, done: Scalar) -> None:
 
 
 def _fetch_part(call: Decode, refs: Any, page: Scalar, slot: int, part: int, taken: Scalar) -> None:
-    index = slot * 3 + part
+    index = slot * PARTS + part
     pl.when(taken)(lambda: plgpu.barrier_wait(refs.empty.at[index]))
     if not refs.on_device:  # there WGMMA reads it, here threads do
         plgpu.commit_smem()
-    place = (refs.left_s, refs.right_s, refs.rope_s)[part].at[slot]
-    columns = pl.ds((0, HALF, LATENT)[part], (HALF, HALF, ROPE)[part])
+    columns = pl.ds(part * QUARTER, ROPE if part == KEY else QUARTER)
+    place = refs.rope_s.at[slot] if part == KEY else refs.latent_s.at[slot * QUARTERS + part]
     shared: dict[str, Any] = dict(collective_axes="pair") if call.pair else {}
     plgpu.copy_gmem_to_smem(refs.cache.at[page, :, columns], place, refs.full.at[index], **shared)

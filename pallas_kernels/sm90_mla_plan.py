@@ -23,7 +23,8 @@ TOLERATED = 1.05  # how much longer parts may be if fewer requests are split
 class Plan(NamedTuple):
     """Work of every part and what is to be combined.
 
-    starts: int32 [parts + 1, 2], (request, step) at which each part begins.
+    starts: int32 [parts + 1, 3], (request, step) at which each part begins, and the request's
+    length, of which a part then need not wait to learn.
     splits: int32 [parts, 3], (request, first part, last part) of split requests.
     count: int32 [1], how many of `splits` there are.
     """
@@ -46,7 +47,8 @@ def plan(lengths: jax.Array, parts: int) -> Plan:
     """Of int32 [b] lengths, for so many parts."""
     steps = steps_of(lengths)
     starts = _starts(steps, parts)
-    return Plan(starts, *_splits(starts))
+    length = lengths[jnp.minimum(starts[:, :1], lengths.shape[0] - 1)]
+    return Plan(jnp.concatenate([starts, length], axis=1), *_splits(starts))
 
 
 def _starts(steps: jax.Array, parts: int) -> jax.Array:

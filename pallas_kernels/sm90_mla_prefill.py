@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_mla_schedule as schedule
-from pallas_kernels.sm90_mla_rows import ROWS, WARPGROUPS, Refs, Rows, Scalar, Shape, turn
+from pallas_kernels.sm90_mla_rows import ROWS, STAGED, WARPGROUPS, Refs, Rows, Scalar, Shape, turn
 from pallas_kernels.sm90_mla_schedule import TILE
 from pallas_kernels.sm90_tile import swizzled
 
@@ -85,7 +85,9 @@ def forward(
         thread_name="wg",
         kernel_name="mla_forward",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
     )(*given.values())
 
 
@@ -103,6 +105,7 @@ def _scratch(how: Shape) -> dict[str, Any]:
         q_s=swizzled((WARPGROUPS, ROWS, how.width), bf16),
         k_s=swizzled((stages, TILE, how.width - how.rope), bf16),
         v_s=swizzled((stages, TILE, how.values), bf16),
+        out_s=swizzled((WARPGROUPS, ROWS, STAGED), bf16),
         q_full=plgpu.Barrier(num_barriers=WARPGROUPS),
         q_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
         k_full=plgpu.Barrier(num_arrivals=2 if how.rope else 1, num_barriers=stages),

@@ -24,6 +24,7 @@ from pallas_kernels import sm90_mla_schedule as schedule
 from pallas_kernels.sm90_mla_schedule import TILE
 
 WARPGROUPS, ROWS = 2, 64  # queries of a warpgroup
+STAGED = 64  # columns of output on their way out: one line of 128 bytes a row
 LOG2E = math.log2(math.e)
 LEAST = -1e30  # where running maxima start: unlike -inf, no NaN where a row sees none of a tile
 ROW, ACC = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
@@ -130,6 +131,7 @@ class Rows:
         step, words, _, state = lax.fori_loop(0, how.count(refs) - 1, unit, carry)
         step, state = self._steps(step, how.unit(words), state)
         self._store(how.unit(words), state, self._last(step - 1, state))
+        plgpu.wait_smem_to_gmem(0)
 
     def _first(self, unit: Unit) -> State:
         """The first step of all, which has no product with values to go with."""
@@ -275,7 +277,12 @@ class Rows:
         none = state.total == 0
         share = jnp.where(none, 0.0, 1.0 / state.total)
         out = (sums * _spread(share, sums)).astype(jnp.bfloat16)
-        self.refs.out.at[unit.batch, rows, unit.head, :][...] = out
+        staged, at = self.refs.out_s.at[self.wg], (unit.batch, rows, unit.head)
+        for first in range(0, self.how.values, STAGED):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staged[...] = out[:, first : first + STAGED]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, self.refs.out.at[(*at, pl.ds(first, STAGED))])
         lse = (state.most + jnp.log(state.total) * LOG2E) * (1 / LOG2E)
         self.refs.lse.at[unit.batch, unit.head, rows][...] = jnp.where(none, jnp.inf, lse)
 

@@ -274,7 +274,7 @@ def test_plans_of_other_calls_are_refused(monkeypatch):
     plans = {
         "plan is of 66 parts: expected 132, .* 1 queries and 3 heads": planned(heads=65),
         "plan is of 1 requests: expected b = 2": planned([9]),
-        r"plan.count is int32 \(2,\): expected int32 \(1,\)": own._replace(count=own.starts[0]),
+        r"plan.count is int32 \(3,\): expected int32 \(1,\)": own._replace(count=own.starts[0]),
     }
     for message, plan in plans.items():
         with pytest.raises(ValueError, match=message):

@@ -33,7 +33,7 @@ def lengths_of(b, seed=0):
 
 def pieces_of(starts, steps):
     """(request, first step, step behind the last, part) by a walk as the kernel does it."""
-    for part, ((request, step), (end, last)) in enumerate(itertools.pairwise(starts)):
+    for part, ((request, step, _), (end, last, _)) in enumerate(itertools.pairwise(starts)):
         for own in range(request, end + (last > 0)):
             first = step if own == request else 0
             yield own, first, last if own == end else steps[own], part
@@ -42,8 +42,9 @@ def pieces_of(starts, steps):
 def assert_plans(lengths, starts, splits, count):
     parts = len(starts) - 1
     steps = np.maximum(-(-lengths // STEP), 1)
-    assert starts[0].tolist() == [0, 0]
-    assert starts[-1].tolist() == [len(lengths), 0]
+    assert starts[0, :2].tolist() == [0, 0]
+    assert starts[-1, :2].tolist() == [len(lengths), 0]
+    assert (starts[:, 2] == lengths[np.minimum(starts[:, 0], len(lengths) - 1)]).all()
     found = [[] for _ in lengths]
     load = np.zeros(parts)
     slots = set()
