@@ -21,7 +21,7 @@ from pallas_kernels.sm90_mla_plan import Plan
 MOST_AT_ONCE = 16
 CTAS = 8  # an SM
 LN2 = math.log(2)
-LOWEST = -1e30  # as in `sm90_mla_decode`: what a row without keys has for its sums' logarithm
+LOWEST = -1e30  # as in `sm90_mla_steps`: what a row without keys has for its sums' logarithm
 
 
 def combine(

@@ -159,6 +159,15 @@ def test_card_more_queries_than_keys(heads, queries):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("lengths", "queries"), [([4096, 700], 256), ([1000], 512), ([3000, 0, 300], 65)]
+)
+def test_card_chunks_of_prompts(lengths, queries):
+    """Chunked prefill: many queries of a request, the last of its tokens."""
+    on_card(*case(lengths, 128, queries))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [64, 128])
 def test_card_large_scores(heads):
     """Maxima that rise along the keys, up to hundreds: sums are rescaled often."""
