@@ -4,7 +4,6 @@ bfloat16 on the way, and tokens that were chosen one by one."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import sm90_mla_tokens as tokens
 from pallas_kernels.sm90_mla_pages import (
     HALF,
-    KEY,
     LATENT,
     PAGE,
     PARTS,
-    QUARTER,
-    QUARTERS,
     ROPE,
     ROWS,
     Decode,
@@ -33,13 +29,7 @@ from pallas_kernels.sm90_mla_pages import (
 from pallas_kernels.sm90_mla_plan import STEP
 from pallas_kernels.sm90_registers import for_wgmma
 
-Pages = tuple[tokens.Where, ...]
 LANES = plgpu.Layout.WG_STRIDED((STEP,), 1)
-LEFT, RIGHT = range(2)  # halves of a page's latents: two quarters each
-# Halves of a step's pages in the order in which places for them become free and are read again.
-HALVES = ((0, LEFT), (1, RIGHT), (0, RIGHT), (1, LEFT))
-DEPTH = 5  # batches of tokens that are on their way in registers while one is stored
-BATCHES = tokens.EACH // tokens.BATCH
 
 
 def gather_all(call: Decode, refs: Any) -> None:
@@ -53,221 +43,38 @@ def gather_all(call: Decode, refs: Any) -> None:
 
 
 def _gather(call: Decode, refs: Any, piece: Piece, done: Scalar) -> None:
-    query = functools.partial(fetch_query, call, refs, piece, done)
-    pl.when(done == 0)(query)
-    run = _interpreted if not refs.on_device else _convert if _is_fp8(refs) else _copy
-
-    def late_query(i: Scalar) -> None:
-        """Its place becomes free when the piece before is done; pages need not wait for that."""
-        pl.when((i == piece.first) & (done > 0))(query)
-
-    run(call, refs, piece, done - piece.first, late_query)
-
-
-def _is_fp8(refs: Any) -> bool:
-    return refs.cache.dtype == jnp.uint8
-
-
-def _convert(
-    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
-) -> None:
-    """FP8. The batches of a step follow one another; DEPTH of them are on their way while one is
-    stored, and those of the next step's first half when it begins."""
-
-    def load(pages: Pages, number: int) -> jax.Array:
-        slot, half = HALVES[number // BATCHES]
-        return tokens.load(refs.cache, pages[slot], half, number % BATCHES)
-
-    def scales(pages: Pages, turn: int) -> jax.Array:
-        slot, half = HALVES[turn]
-        return tokens.load_scales(refs.cache, pages[slot], half)
-
-    def step(i: Scalar, carry: Any) -> Any:
-        raw, scale, now, coming = carry
-        raw, scale = list(raw), [scale]
-        coming, later = _begin(call, refs, piece, earlier, i, now, coming)
-
-        def load_until(number: int) -> None:
-            for n in range(len(raw), min(number, 5 * BATCHES)):
-                raw.append(load(now, n) if n < 4 * BATCHES else load(coming, n - 4 * BATCHES))
-
-        def fill(turn: int, slot: int, half: int) -> None:
-            by = tokens.factors(scale[turn])
-            scale.append(scales(now, turn + 1) if turn < 3 else scales(coming, 0))
-            for batch in range(BATCHES):
-                number = turn * BATCHES + batch
-                tokens.store(raw[number], by, _half(refs, slot, half), batch)
-                load_until(number + 1 + DEPTH)
-            tokens.mend(scale[turn], _half(refs, slot, half))
-
-        def keys(slot: int) -> None:
-            tokens.copy_keys(refs.cache, now[slot], refs.rope_s.at[slot])
-            tokens.end_group()
-
-        load_until(DEPTH)
-        _fill(refs, earlier + i, fill, keys, functools.partial(late_query, i))
-        return raw[-BATCHES:], scale[-1], coming, later
-
-    now, coming = _first(call, refs, piece)
-    raw = [load(now, batch) for batch in range(BATCHES)]
-    lax.fori_loop(piece.first, piece.last, step, (raw, scales(now, 0), now, coming))
-
-
-def _fill(
-    refs: Any, number: Scalar, fill: Callable[[int, int, int], None], keys: Callable[[int], None],
-    query: Callable[[], None],
-) -> None:  # fmt: skip
-    """A step, half by half: fill(turn, slot, half) waits for nothing but what it stores; keys(slot)
-    have two turns to arrive."""
-    for turn, (slot, half) in enumerate(HALVES):
-        if turn < 2:
-            _await_empty(refs, slot, KEY, number)
-            keys(slot)
-        _await_empty(refs, slot, half, number)
-        fill(turn, slot, half)
-        late = turn - 1 if turn in (1, 2) else None
-        if late is not None and refs.on_device:
-            tokens.await_groups(1 - late)
-        _publish(refs, (slot, half), *([] if late is None else [(late, KEY)]))
-        if turn == 2:
-            query()
-
-
-def _copy(
-    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
-) -> None:
-    """Tokens in bfloat16. Whatever place is free is copied to before anything is waited for."""
-
-    def step(i: Scalar, carry: Any) -> Any:
-        now, coming = carry
-        coming, later = _begin(call, refs, piece, earlier, i, now, coming)
-        for turn, (slot, half) in enumerate(HALVES):
-            if turn == 3:
-                tokens.await_groups(1)
-                _publish(refs, *((s, part) for s, own in HALVES[:2] for part in (KEY, own)))
-                late_query(i)
-            if turn < 2:
-                _await_empty(refs, slot, KEY, earlier + i)
-                tokens.copy_keys(refs.cache, now[slot], refs.rope_s.at[slot])
-            _await_empty(refs, slot, half, earlier + i)
-            tokens.copy(refs.cache, now[slot], half, _half(refs, slot, half))
-            tokens.end_group()
-        for turn in (2, 3):
-            tokens.await_groups(3 - turn)
-            _publish(refs, HALVES[turn])
-        return coming, later
-
-    lax.fori_loop(piece.first, piece.last, step, _first(call, refs, piece))
-
-
-def _first(call: Decode, refs: Any, piece: Piece) -> tuple[Pages, Any]:
-    """A piece's first pages, and what is known of the next."""
-    first, second = (_look_up(call, refs, piece, piece.first + k) for k in range(2))
-    return _pages(call, refs, piece, piece.first, first), second
-
-
-def _begin(
-    call: Decode, refs: Any, piece: Piece, earlier: Scalar, i: Scalar, now: Pages, coming: Any
-) -> tuple[Pages, Any]:
-    """Pages of the next step, whose tokens L2 is told of, and what is known of those behind it."""
-    later = _look_up(call, refs, piece, i + 2)
-    pages = _pages(call, refs, piece, i + 1, coming)
-
-    @pl.when(i + 1 < piece.last)
-    def _() -> None:
-        for page in pages:
-            tokens.prefetch(refs.cache, page)
-
-    if call.source == "chosen":
-        tokens.note(_noted(refs, earlier + i), *now)
-    return pages, later
-
-
-def _look_up(call: Decode, refs: Any, piece: Piece, i: Scalar) -> tuple[jax.Array, ...]:
-    """Both pages of a step, or of the piece's last, as the table has them."""
-    i = lax.min(i, piece.last - 1)
-    if call.source == "chosen":
-        return tuple(tokens.chosen(refs.table, piece.request, i, slot) for slot in range(2))
-    return (tokens.entries(refs.table, piece.request, i),)
-
-
-def _pages(call: Decode, refs: Any, piece: Piece, i: Scalar, found: tuple[jax.Array, ...]) -> Pages:
-    """The same for `tokens`, which reads none that are not there."""
-    if call.source == "chosen":
-        return tuple(tokens.listed(refs.cache, entry, piece.request) for entry in found)
-    left = piece.length - lax.min(i, piece.last - 1) * STEP
-    both = tokens.paged(refs.cache, *found)
-    return tuple((page, left - slot * PAGE) for slot, page in enumerate(both))
-
-
-def _noted(refs: Any, number: Scalar) -> Any:
-    return refs.places_s.at[pl.ds(lax.rem(number, jnp.int32(2)) * STEP, STEP)]
-
-
-def _await_empty(refs: Any, slot: int, part: int, number: Scalar) -> None:
-    for index in _indices(slot, part):
-        pl.when(number > 0)(functools.partial(plgpu.barrier_wait, refs.empty.at[index]))
-
-
-def _publish(refs: Any, *parts: tuple[int, int]) -> None:
-    for_wgmma(refs.on_device)
-    for slot, part in parts:
-        for index in _indices(slot, part):
-            plgpu.barrier_arrive(refs.full.at[index])
-
-
-def _indices(slot: int, part: int) -> tuple[int, ...]:
-    """Barriers of a page's keys or of a half of its latents."""
-    own = (KEY,) if part == KEY else (2 * part, 2 * part + 1)
-    return tuple(slot * PARTS + each for each in own)
-
-
-def _half(refs: Any, slot: int, half: int) -> tuple[Any, ...]:
-    """Shared memory of a page's latents, side by side."""
-    first = slot * QUARTERS + 2 * half
-    return refs.latent_s.at[first], refs.latent_s.at[first + 1]
-
-
-# --- interpreted ------------------------------------------------------------------------------
-
-
-def _interpreted(
-    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
-) -> None:
-    """The same, in the same order, token by token."""
+    fetch_query(call, refs, piece, done)
 
     def step(i: Scalar, _: None) -> None:
-        places = _noted(refs, earlier + i)
+        number = done + i - piece.first
+        places = refs.places_s.at[pl.ds(lax.rem(number, jnp.int32(2)) * STEP, STEP)]
         places[...] = (_listed if call.source == "chosen" else _paged)(refs, piece, i)
         plgpu.commit_smem()
-
-        def each(slot: int, store: Callable[[Scalar, jax.Array, jax.Array], None]) -> None:
-            plgpu.commit_smem()
-
-            def one(t: Scalar, _: None) -> None:
-                place = places[slot * PAGE + t]
-                token = jnp.where(place >= 0, refs.cache[lax.max(place, jnp.int32(0))], 0)
-                store(t, *_decoded(token))
-
-            lax.fori_loop(0, ROWS, one, None)
-
-        def fill(_: int, slot: int, half: int) -> None:
-            def store(t: Scalar, latent: jax.Array, _: jax.Array) -> None:
-                for i, ref in enumerate(_half(refs, slot, half)):
-                    first = half * HALF + i * QUARTER
-                    ref[t] = latent[first : first + QUARTER]
-
-            each(slot, store)
-
-        def keys(slot: int) -> None:
-            def store(t: Scalar, _: jax.Array, key: jax.Array) -> None:
-                refs.rope_s[slot, t] = key
-
-            each(slot, store)
-
-        _fill(refs, earlier + i, fill, keys, functools.partial(late_query, i))
+        each = [places.at[pl.ds(slot * PAGE, PAGE)] for slot in range(2)]
+        if not refs.on_device or refs.cache.dtype == jnp.uint8:
+            for slot in range(2):
+                (_fill if refs.on_device else _interpreted)(refs, slot, each[slot], number)
+                _publish(refs, slot)
+            return
+        for slot in range(2):
+            _empty(refs, slot, number)
+            tokens.copy(refs.cache, each[slot], *_places(refs, slot))
+        for slot in range(2):
+            tokens.await_copies(1 - slot)
+            _publish(refs, slot)
 
     lax.fori_loop(piece.first, piece.last, step, None)
+
+
+def _publish(refs: Any, slot: int) -> None:
+    for_wgmma(refs.on_device)
+    for part in range(PARTS):
+        plgpu.barrier_arrive(refs.full.at[slot * PARTS + part])
+
+
+def _places(refs: Any, slot: int) -> tuple[Any, Any, Any]:
+    """Shared memory of a page: both halves of the latents, and the keys."""
+    return refs.latent_s.at[2 * slot], refs.latent_s.at[2 * slot + 1], refs.rope_s.at[slot]
 
 
 def _paged(refs: Any, piece: Piece, i: Scalar) -> jax.Array:
@@ -288,6 +95,40 @@ def _listed(refs: Any, piece: Piece, i: Scalar) -> jax.Array:
     chosen = refs.table.at[piece.request, pl.ds(i * STEP, STEP)]
     number = plgpu.load(chosen, layout=LANES, optimized=False)
     return jnp.where((number >= 0) & (number < refs.cache.shape[0]), number, -1)
+
+
+def _empty(refs: Any, slot: int, number: Scalar) -> None:
+    for part in range(PARTS):
+        index = slot * PARTS + part
+        pl.when(number > 0)(functools.partial(plgpu.barrier_wait, refs.empty.at[index]))
+
+
+def _fill(refs: Any, slot: int, places: Any, number: Scalar) -> None:
+    """64 tokens, half of them at a time; the first are on their way while the place is not free."""
+    half = tokens.TOKENS
+    left, right, rope = _places(refs, slot)
+    found = tokens.load(refs.cache, places.at[pl.ds(0, half)])
+    _empty(refs, slot, number)
+    tokens.store(*found, left, right, 0)
+    found = tokens.load(refs.cache, places.at[pl.ds(half, half)])
+    for first in (0, half):
+        tokens.copy_keys(refs.cache, places.at[pl.ds(first, half)], rope, first)
+    tokens.store(*found, left, right, half)
+
+
+def _interpreted(refs: Any, slot: int, places: Any, number: Scalar) -> None:
+    _empty(refs, slot, number)
+    plgpu.commit_smem()
+
+    def one(t: Scalar, _: None) -> None:
+        place = places[t]
+        token = jnp.where(place >= 0, refs.cache[lax.max(place, jnp.int32(0))], 0)
+        latent, key = _decoded(token)
+        refs.latent_s[2 * slot, t] = latent[:HALF]
+        refs.latent_s[2 * slot + 1, t] = latent[HALF:]
+        refs.rope_s[slot, t] = key
+
+    lax.fori_loop(0, ROWS, one, None)
 
 
 def _decoded(token: jax.Array) -> tuple[jax.Array, jax.Array]:

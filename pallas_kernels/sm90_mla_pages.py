@@ -54,6 +54,11 @@ class Decode:
         return ceil_div(self.rows, ROWS)
 
     @property
+    def pieces(self) -> int:
+        """Of a page's latents in shared memory: what TMA brings at a time, or halves."""
+        return QUARTERS if self.source == "pages" else 2
+
+    @property
     def hidden(self) -> int:
         """Tokens at the end that the first query does not see."""
         return 0 if self.visible_to_all else self.rows // self.heads - 1

@@ -80,6 +80,13 @@ def _own(wg: int) -> tuple[int, int]:
     return 2 * wg, 2 * wg + 1
 
 
+def _latents(refs: Any, slot: int, part: int, zero: Scalar = 0) -> Any:
+    """A quarter of a page's latents, which lie in quarters or in halves."""
+    if refs.latent_s.shape[0] == 2 * QUARTERS:
+        return refs.latent_s.at[zero + slot * QUARTERS + part]
+    return refs.latent_s.at[zero + slot * 2 + part // 2, :, pl.ds(part % 2 * QUARTER, QUARTER)]
+
+
 def _scores(refs: Any, wg: int, query: jax.Array, zero: Scalar) -> jax.Array:
     """The query times a page, whose parts are taken as they arrive: those that the other warpgroup
     sets free come last."""
@@ -91,17 +98,14 @@ def _scores(refs: Any, wg: int, query: jax.Array, zero: Scalar) -> jax.Array:
         for part in order:
             plgpu.barrier_wait(refs.full.at[wg * PARTS + part])
             columns = refs.q_s.at[zero + part // 2, :, pl.ds(part % 2 * QUARTER, QUARTER)]
-            plgpu.wgmma(scores, columns, refs.latent_s.at[zero + wg * QUARTERS + part].T)
+            plgpu.wgmma(scores, columns, _latents(refs, wg, part, zero).T)
 
     if refs.on_device:
         found = product((ROWS, PAGE), issue)
     else:  # the interpreter takes no first operand from registers
         for part in (KEY, *order):
             plgpu.barrier_wait(refs.full.at[wg * PARTS + part])
-        pages = [
-            *(refs.latent_s[wg * QUARTERS + part] for part in range(QUARTERS)),
-            refs.rope_s[wg],
-        ]
+        pages = [*(_latents(refs, wg, part)[...] for part in range(QUARTERS)), refs.rope_s[wg]]
         both = (
             jnp.concatenate(x, axis=1).astype(jnp.float32)
             for x in ((refs.q_s[0], refs.q_s[1], query), pages)
@@ -173,7 +177,7 @@ def _add(
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """out + weights x this warpgroup's columns of a page, which are set free; the weights are in
     registers or in shared memory. `meanwhile` is done under the products."""
-    values = [refs.latent_s.at[zero + slot * QUARTERS + part] for part in _own(wg)]
+    values = [_latents(refs, slot, part, zero) for part in _own(wg)]
     freed = [refs.empty.at[slot * PARTS + part] for part in _own(wg)]
 
     def run(*sums: Any) -> tuple[jax.Array, ...]:
