@@ -31,7 +31,8 @@ def combine(
     """out [b, rows, 512] and lse [b, rows] with the split requests' rows, of what `decode` gave."""
     b, rows = lse.shape
     width = out.shape[-1]
-    at_once = min(MOST_AT_ONCE, 1 << math.ceil(math.log2(plan.parts // b + 2)))
+    usual = max(2, plan.parts // b)  # pieces of requests of equal lengths
+    at_once = min(MOST_AT_ONCE, 1 << math.ceil(math.log2(usual)))
     grid = min(sms * CTAS, plan.parts * rows)
     layout = plgpu.Layout.WG_STRIDED((width,), width // 128)
 
