@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.latent_cache import LATENT, PAGE, dequantize_latent_cache
 
 EXACT = lax.Precision.HIGHEST
-MOST_GATHERED = 1 << 24  # numbers of tokens that are held at a time
+MOST_GATHERED = 1 << 23  # numbers of tokens that are held at a time
 
 
 def decode(
