@@ -90,7 +90,7 @@ def decode(
                 swizzled((2, ROWS, QUARTER), jnp.float32),
             ),
             weights_s=swizzled((2, ROWS, ROPE), q.dtype),
-            latent_s=swizzled((call.pieces * 2, PAGE, LATENT // call.pieces), q.dtype),
+            latent_s=swizzled((2 * call.latent_parts, PAGE, LATENT // call.latent_parts), q.dtype),
             rope_s=swizzled((2, PAGE, ROPE), q.dtype),
             rows_s=plgpu.SMEM((4, ROWS), jnp.float32),
             q_full=barrier(num_arrivals=2),

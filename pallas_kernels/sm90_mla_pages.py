@@ -54,8 +54,9 @@ class Decode:
         return ceil_div(self.rows, ROWS)
 
     @property
-    def pieces(self) -> int:
-        """Of a page's latents in shared memory: what TMA brings at a time, or halves."""
+    def latent_parts(self) -> int:
+        """In how many parts a page's latents lie in shared memory: quarters, which TMA brings one
+        by one, or halves, which the gathering warpgroup fills."""
         return QUARTERS if self.source == "pages" else 2
 
     @property

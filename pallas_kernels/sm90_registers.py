@@ -35,11 +35,6 @@ def product(shape: tuple[int, int], issue: Callable[[Any], None]) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
 
-def add_product(sums: jax.Array, issue: Callable[[Any], None]) -> jax.Array:
-    """The same on top of `sums`, in their registers."""
-    return pl.run_state(issue)(plgpu.ACC.init(sums))
-
-
 def opaque_zero(on_device: bool) -> jax.Array:
     """0 that the compiler cannot see through.
 
