@@ -4,6 +4,7 @@ bfloat16 on the way, and tokens that were chosen one by one."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import sm90_mla_tokens as tokens
 from pallas_kernels.sm90_mla_pages import (
     HALF,
+    KEY,
     LATENT,
     PAGE,
     PARTS,
+    QUARTER,
+    QUARTERS,
     ROPE,
     ROWS,
     Decode,
@@ -29,7 +33,12 @@ from pallas_kernels.sm90_mla_pages import (
 from pallas_kernels.sm90_mla_plan import STEP
 from pallas_kernels.sm90_registers import for_wgmma
 
+Pages = tuple[tokens.Where, ...]
 LANES = plgpu.Layout.WG_STRIDED((STEP,), 1)
+LEFT, RIGHT = range(2)  # halves of a page's latents: two quarters each
+# Halves of a step's pages in the order in which places for them become free and are read again.
+HALVES = ((0, LEFT), (1, RIGHT), (0, RIGHT), (1, LEFT))
+BATCHES = tokens.EACH // tokens.BATCH
 
 
 def gather_all(call: Decode, refs: Any) -> None:
@@ -43,38 +52,222 @@ def gather_all(call: Decode, refs: Any) -> None:
 
 
 def _gather(call: Decode, refs: Any, piece: Piece, done: Scalar) -> None:
-    fetch_query(call, refs, piece, done)
+    query = functools.partial(fetch_query, call, refs, piece, done)
+    pl.when(done == 0)(query)
+    run = _interpreted if not refs.on_device else _convert if _is_fp8(refs) else _copy
+
+    def late_query(i: Scalar) -> None:
+        """Its place becomes free when the piece before is done; pages need not wait for that."""
+        pl.when((i == piece.first) & (done > 0))(query)
+
+    run(call, refs, piece, done - piece.first, late_query)
+
+
+def _is_fp8(refs: Any) -> bool:
+    return refs.cache.dtype == jnp.uint8
+
+
+def _convert(
+    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
+) -> None:
+    """FP8. While a half is stored, the next is on its way in registers. It is asked for as soon as
+    all of the former has arrived and not later, for ptxas counts all loads in flight with one
+    counter: whoever waits for one waits for those that were started since, too."""
+
+    def load(pages: Pages, turn: int, batch: int) -> jax.Array:
+        slot, half = HALVES[turn]
+        return tokens.load(refs.cache, pages[slot], half, batch)
+
+    def scales(pages: Pages, turn: int) -> jax.Array:
+        slot, half = HALVES[turn]
+        return tokens.load_scales(refs.cache, pages[slot], half)
+
+    def step(i: Scalar, carry: Any) -> Any:
+        raw, scale, now, found = carry
+        coming = _begin(call, refs, piece, earlier, i, now, found)
+        state = dict(raw=raw, scale=scale)
+
+        def fill(turn: int, slot: int, half: int) -> None:
+            raw, scale = state["raw"], state["scale"]
+            by, place = tokens.factors(scale), _half(refs, slot, half)
+            upcoming = (now, turn + 1) if turn < 3 else (coming, 0)
+            for batch in range(BATCHES):
+                tokens.store(raw[batch], by, place, batch)
+                if batch > 0:
+                    continue
+                state["raw"] = [load(*upcoming, ahead) for ahead in range(BATCHES)]
+                state["scale"] = scales(*upcoming)
+                if turn == 3:
+                    state["found"] = _look_up(call, refs, piece, i + 2)
+            tokens.mend(scale, place)
+
+        def keys(slot: int) -> None:
+            tokens.copy_keys(refs.cache, now[slot], refs.rope_s.at[slot])
+            tokens.end_group()
+
+        _fill(refs, earlier + i, fill, keys, functools.partial(late_query, i))
+        return state["raw"], state["scale"], coming, state["found"]
+
+    now, found = _first(call, refs, piece)
+    raw = [load(now, 0, batch) for batch in range(BATCHES)]
+    lax.fori_loop(piece.first, piece.last, step, (raw, scales(now, 0), now, found))
+
+
+def _fill(
+    refs: Any, number: Scalar, fill: Callable[[int, int, int], None], keys: Callable[[int], None],
+    query: Callable[[], None],
+) -> None:  # fmt: skip
+    """A step, half by half: fill(turn, slot, half) waits for nothing but what it stores; keys(slot)
+    have two turns to arrive."""
+    for turn, (slot, half) in enumerate(HALVES):
+        if turn < 2:
+            _await_empty(refs, slot, KEY, number)
+            keys(slot)
+        _await_empty(refs, slot, half, number)
+        fill(turn, slot, half)
+        late = turn - 1 if turn in (1, 2) else None
+        if late is not None and refs.on_device:
+            tokens.await_groups(1 - late)
+        _publish(refs, (slot, half), *([] if late is None else [(late, KEY)]))
+        if turn == 2:
+            query()
+
+
+def _copy(
+    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
+) -> None:
+    """Tokens in bfloat16. Whatever place is free is copied to before anything is waited for."""
+
+    def step(i: Scalar, carry: Any) -> Any:
+        now, found = carry
+        coming = _begin(call, refs, piece, earlier, i, now, found)
+        found = _look_up(call, refs, piece, i + 2)
+        for turn, (slot, half) in enumerate(HALVES):
+            if turn == 3:
+                tokens.await_groups(1)
+                _publish(refs, *((s, part) for s, own in HALVES[:2] for part in (KEY, own)))
+                late_query(i)
+            if turn < 2:
+                _await_empty(refs, slot, KEY, earlier + i)
+                tokens.copy_keys(refs.cache, now[slot], refs.rope_s.at[slot])
+            _await_empty(refs, slot, half, earlier + i)
+            tokens.copy(refs.cache, now[slot], half, _half(refs, slot, half))
+            tokens.end_group()
+        for turn in (2, 3):
+            tokens.await_groups(3 - turn)
+            _publish(refs, HALVES[turn])
+        return coming, found
+
+    lax.fori_loop(piece.first, piece.last, step, _first(call, refs, piece))
+
+
+def _first(call: Decode, refs: Any, piece: Piece) -> tuple[Pages, Any]:
+    """A piece's first pages, and what is known of the next."""
+    first, second = (_look_up(call, refs, piece, piece.first + k) for k in range(2))
+    return _pages(call, refs, piece, piece.first, first), second
+
+
+def _begin(
+    call: Decode, refs: Any, piece: Piece, earlier: Scalar, i: Scalar, now: Pages, found: Any
+) -> Pages:
+    """Pages of the next step, whose tokens L2 is told of."""
+    pages = _pages(call, refs, piece, i + 1, found)
+
+    @pl.when(i + 1 < piece.last)
+    def _() -> None:
+        for page in pages:
+            tokens.prefetch(refs.cache, page)
+
+    if call.source == "chosen":
+        tokens.note(_noted(refs, earlier + i), *now)
+    return pages
+
+
+def _look_up(call: Decode, refs: Any, piece: Piece, i: Scalar) -> tuple[jax.Array, ...]:
+    """Both pages of a step, or of the piece's last, as the table has them."""
+    i = lax.min(i, piece.last - 1)
+    if call.source == "chosen":
+        return tuple(tokens.chosen(refs.table, piece.request, i, slot) for slot in range(2))
+    return (tokens.entries(refs.table, piece.request, i),)
+
+
+def _pages(call: Decode, refs: Any, piece: Piece, i: Scalar, found: tuple[jax.Array, ...]) -> Pages:
+    """The same for `tokens`, which reads none that are not there."""
+    if call.source == "chosen":
+        return tuple(tokens.listed(refs.cache, entry, piece.request) for entry in found)
+    left = piece.length - lax.min(i, piece.last - 1) * STEP
+    both = tokens.paged(refs.cache, *found)
+    return tuple((page, left - slot * PAGE) for slot, page in enumerate(both))
+
+
+def _noted(refs: Any, number: Scalar) -> Any:
+    return refs.places_s.at[pl.ds(lax.rem(number, jnp.int32(2)) * STEP, STEP)]
+
+
+def _await_empty(refs: Any, slot: int, part: int, number: Scalar) -> None:
+    for index in _indices(slot, part):
+        pl.when(number > 0)(functools.partial(plgpu.barrier_wait, refs.empty.at[index]))
+
+
+def _publish(refs: Any, *parts: tuple[int, int]) -> None:
+    for_wgmma(refs.on_device)
+    for slot, part in parts:
+        for index in _indices(slot, part):
+            plgpu.barrier_arrive(refs.full.at[index])
+
+
+def _indices(slot: int, part: int) -> tuple[int, ...]:
+    """Barriers of a page's keys or of a half of its latents."""
+    own = (KEY,) if part == KEY else (2 * part, 2 * part + 1)
+    return tuple(slot * PARTS + each for each in own)
+
+
+def _half(refs: Any, slot: int, half: int) -> tuple[Any, ...]:
+    """Shared memory of a page's latents, side by side."""
+    first = slot * QUARTERS + 2 * half
+    return refs.latent_s.at[first], refs.latent_s.at[first + 1]
+
+
+# --- interpreted ------------------------------------------------------------------------------
+
+
+def _interpreted(
+    call: Decode, refs: Any, piece: Piece, earlier: Scalar, late_query: Callable[[Scalar], None]
+) -> None:
+    """The same, in the same order, token by token."""
 
     def step(i: Scalar, _: None) -> None:
-        number = done + i - piece.first
-        places = refs.places_s.at[pl.ds(lax.rem(number, jnp.int32(2)) * STEP, STEP)]
+        places = _noted(refs, earlier + i)
         places[...] = (_listed if call.source == "chosen" else _paged)(refs, piece, i)
         plgpu.commit_smem()
-        each = [places.at[pl.ds(slot * PAGE, PAGE)] for slot in range(2)]
-        if not refs.on_device or refs.cache.dtype == jnp.uint8:
-            for slot in range(2):
-                (_fill if refs.on_device else _interpreted)(refs, slot, each[slot], number)
-                _publish(refs, slot)
-            return
-        for slot in range(2):
-            _empty(refs, slot, number)
-            tokens.copy(refs.cache, each[slot], *_places(refs, slot))
-        for slot in range(2):
-            tokens.await_copies(1 - slot)
-            _publish(refs, slot)
+
+        def each(slot: int, store: Callable[[Scalar, jax.Array, jax.Array], None]) -> None:
+            plgpu.commit_smem()
+
+            def one(t: Scalar, _: None) -> None:
+                place = places[slot * PAGE + t]
+                token = jnp.where(place >= 0, refs.cache[lax.max(place, jnp.int32(0))], 0)
+                store(t, *_decoded(token))
+
+            lax.fori_loop(0, ROWS, one, None)
+
+        def fill(_: int, slot: int, half: int) -> None:
+            def store(t: Scalar, latent: jax.Array, _: jax.Array) -> None:
+                for i, ref in enumerate(_half(refs, slot, half)):
+                    first = half * HALF + i * QUARTER
+                    ref[t] = latent[first : first + QUARTER]
+
+            each(slot, store)
+
+        def keys(slot: int) -> None:
+            def store(t: Scalar, _: jax.Array, key: jax.Array) -> None:
+                refs.rope_s[slot, t] = key
+
+            each(slot, store)
+
+        _fill(refs, earlier + i, fill, keys, functools.partial(late_query, i))
 
     lax.fori_loop(piece.first, piece.last, step, None)
-
-
-def _publish(refs: Any, slot: int) -> None:
-    for_wgmma(refs.on_device)
-    for part in range(PARTS):
-        plgpu.barrier_arrive(refs.full.at[slot * PARTS + part])
-
-
-def _places(refs: Any, slot: int) -> tuple[Any, Any, Any]:
-    """Shared memory of a page: both halves of the latents, and the keys."""
-    return refs.latent_s.at[2 * slot], refs.latent_s.at[2 * slot + 1], refs.rope_s.at[slot]
 
 
 def _paged(refs: Any, piece: Piece, i: Scalar) -> jax.Array:
@@ -95,40 +288,6 @@ def _listed(refs: Any, piece: Piece, i: Scalar) -> jax.Array:
     chosen = refs.table.at[piece.request, pl.ds(i * STEP, STEP)]
     number = plgpu.load(chosen, layout=LANES, optimized=False)
     return jnp.where((number >= 0) & (number < refs.cache.shape[0]), number, -1)
-
-
-def _empty(refs: Any, slot: int, number: Scalar) -> None:
-    for part in range(PARTS):
-        index = slot * PARTS + part
-        pl.when(number > 0)(functools.partial(plgpu.barrier_wait, refs.empty.at[index]))
-
-
-def _fill(refs: Any, slot: int, places: Any, number: Scalar) -> None:
-    """64 tokens, half of them at a time; the first are on their way while the place is not free."""
-    half = tokens.TOKENS
-    left, right, rope = _places(refs, slot)
-    found = tokens.load(refs.cache, places.at[pl.ds(0, half)])
-    _empty(refs, slot, number)
-    tokens.store(*found, left, right, 0)
-    found = tokens.load(refs.cache, places.at[pl.ds(half, half)])
-    for first in (0, half):
-        tokens.copy_keys(refs.cache, places.at[pl.ds(first, half)], rope, first)
-    tokens.store(*found, left, right, half)
-
-
-def _interpreted(refs: Any, slot: int, places: Any, number: Scalar) -> None:
-    _empty(refs, slot, number)
-    plgpu.commit_smem()
-
-    def one(t: Scalar, _: None) -> None:
-        place = places[t]
-        token = jnp.where(place >= 0, refs.cache[lax.max(place, jnp.int32(0))], 0)
-        latent, key = _decoded(token)
-        refs.latent_s[2 * slot, t] = latent[:HALF]
-        refs.latent_s[2 * slot + 1, t] = latent[HALF:]
-        refs.rope_s[slot, t] = key
-
-    lax.fori_loop(0, ROWS, one, None)
 
 
 def _decoded(token: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -54,12 +54,6 @@ class Decode:
         return ceil_div(self.rows, ROWS)
 
     @property
-    def latent_parts(self) -> int:
-        """In how many parts a page's latents lie in shared memory: quarters, which TMA brings one
-        by one, or halves, which the gathering warpgroup fills."""
-        return QUARTERS if self.source == "pages" else 2
-
-    @property
     def hidden(self) -> int:
         """Tokens at the end that the first query does not see."""
         return 0 if self.visible_to_all else self.rows // self.heads - 1

@@ -81,10 +81,8 @@ def _own(wg: int) -> tuple[int, int]:
 
 
 def _latents(refs: Any, slot: int, part: int, zero: Scalar = 0) -> Any:
-    """A quarter of a page's latents, which lie in quarters or in halves."""
-    if refs.latent_s.shape[0] == 2 * QUARTERS:
-        return refs.latent_s.at[zero + slot * QUARTERS + part]
-    return refs.latent_s.at[zero + slot * 2 + part // 2, :, pl.ds(part % 2 * QUARTER, QUARTER)]
+    """A quarter of a page's latents."""
+    return refs.latent_s.at[zero + slot * QUARTERS + part]
 
 
 def _scores(refs: Any, wg: int, query: jax.Array, zero: Scalar) -> jax.Array:

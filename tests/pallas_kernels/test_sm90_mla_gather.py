@@ -135,6 +135,21 @@ def test_card_fp8_pages(lengths, queries, heads, causal):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [18, 40])
+def test_card_large_scales(exponent):
+    """Scales above 2**7, which take a second product, beside some below it."""
+    latent = draw(4, 64, 576).astype(jnp.float32)
+    large = latent * 2.0 ** jnp.where(jnp.arange(4)[:, None, None] % 2 == 0, exponent, exponent - 9)
+    cache = quantize_latent_cache(large.astype(jnp.bfloat16), backend="reference")
+    q = draw(2, 1, 64, 576, seed=1) * 2.0**-exponent
+    table, lengths = jnp.asarray([[0, 1], [3, 2]]), jnp.asarray([128, 90])
+    run = functools.partial(mla_decode, q, cache, table, lengths, scale=SCALE)
+    (out, lse), (want, want_lse) = (run(backend=b) for b in ("mosaic_gpu", "reference"))
+    down = 2.0**-exponent
+    assert_near((out * down, lse), (want * down, want_lse))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize(
     ("b", "t", "heads", "k"),
