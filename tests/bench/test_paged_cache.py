@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsjax.bench.ceilings import Device
-from dsjax.bench.mla_decode import group_of, sizes_of
+from dsjax.bench.mla_decode import group_of, make_queries, sizes_of
 from dsjax.bench.mla_shapes import select
 from dsjax.bench.paged_cache import (
     block_tables,
@@ -70,3 +70,11 @@ def test_pool_has_the_pages_asked_for(fp8, width, monkeypatch):
     assert pool.dtype == (jnp.uint8 if fp8 else jnp.bfloat16)
     assert (pool[4] == pool[0]).all()
     assert not (pool[1] == pool[0]).all()
+
+
+def test_queries_are_no_tokens_of_the_pool():
+    tokens = np.asarray(make_pool(2, fp8=False), np.float32).reshape(-1, 576)
+    queries = np.asarray(jnp.stack(make_queries(3, 2, 2, 8)), np.float32).reshape(-1, 576)
+    known = np.concatenate([tokens, queries])
+    cosines = np.abs(known @ known.T) / 576  # all are about as long
+    assert (cosines - np.diag(np.diag(cosines))).max() < 0.5
