@@ -1,4 +1,5 @@
-"""Eight CPU devices for every test, and compiled programs kept between runs."""
+"""Eight CPU devices for every test, compiled programs kept between runs, and a GPU's memory left to
+the other processes that run tests."""
 
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 _CACHE_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(_CACHE_HOME / "dsjax" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
