@@ -53,7 +53,7 @@ def no_races():
 def assert_near(found, expected):
     out, lse = (np.asarray(x, np.float64) for x in found)
     want, want_lse = (np.asarray(x, np.float64) for x in expected)
-    near = np.abs(out - want) <= np.maximum(1e-3, 2.01 / 128 * np.abs(want))
+    near = np.abs(out - want) <= np.maximum(8e-4, 2.01 / 128 * np.abs(want))
     assert near.all(), np.abs(out - want).max()
     squares = (out**2).sum() + (want**2).sum()
     assert not squares or 1 - 2 * (out * want).sum() / squares < 5e-6
