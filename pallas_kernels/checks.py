@@ -11,6 +11,7 @@ E4M3 = jnp.float8_e4m3fn
 BLOCK = 128  # columns that share a scale; of a weight the rows too
 ROW_BYTES = 16  # TMA's unit: rows of the operands and of the output are whole multiples
 N_STEP = 8
+FRACTION_BITS = 23  # of float32
 
 
 def ceil_div[Size: (int, jax.Array, np.ndarray)](size: Size, step: int) -> Size:
@@ -63,6 +64,11 @@ def same(letter: str, axis: int, **arrays: jax.Array) -> None:
 def out_dtype(dtype: jax.typing.DTypeLike) -> None:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"out_dtype is {jnp.dtype(dtype).name}: expected bfloat16 or float32")
+
+
+def sum_bits(bits: int | None) -> None:
+    if bits is not None and not 1 <= bits <= FRACTION_BITS:
+        raise ValueError(f"sum_bits is {bits}: expected 1 to {FRACTION_BITS}, or None for them all")
 
 
 def group_sizes(
