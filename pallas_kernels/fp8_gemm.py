@@ -1,9 +1,12 @@
 """FP8 matmuls of activations and weights: e4m3 operands, float32 scales, one for 1 x 128 of the
 activations and one for 128 x 128 of the weights (DeepSeek-V3 report, section 3.3.2; DeepGEMM).
 
-Products of 128 columns are scaled and added up in float32. The three share their rules: K % 16 == 0
-and N % 8 == 0, TMA's 16 bytes, any other size goes, zero included; none is differentiable, see
-`fp8_linear`; `backend="auto"` is the kernel on Hopper and the jnp reference elsewhere.
+Products of 128 columns are scaled and added up in float32. The three share their rules:
+K % 16 == 0 and N % 8 == 0, TMA's 16 bytes, any other size goes, zero included; none is
+differentiable, see `fp8_linear`; `backend="auto"` is the kernel on Hopper and the jnp reference
+elsewhere. `sum_bits` is for experiments: how many bits of a sum's fraction go from one block of 128
+to the next. None keeps float32's; 13 are what the tensor core's own accumulator has (V3 report,
+section 3.3.2), and show what sums cost that are not promoted.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def fp8_gemm(
     b_scale: Float[Array, "n_blocks k_blocks"],
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
+    sum_bits: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "m n"]:
     """`a @ b.T`.
@@ -36,10 +40,11 @@ def fp8_gemm(
     a scale multiplies its values. The result is bfloat16 or float32. Raises ValueError on dtypes,
     shapes or a backend that do not fit, TypeError when differentiated.
     """
+    checks.sum_bits(sum_bits)
     _check(a, a_scale, b, b_scale, out_dtype, "[M, K]", "[N, K]")
     return multiply(
         "fp8_gemm", "fp8_linear", products(backend).fp8_dense, a, a_scale, b, b_scale,
-        shape=(a.shape[0], b.shape[0]), out_dtype=out_dtype,
+        shape=(a.shape[0], b.shape[0]), out_dtype=out_dtype, sum_bits=sum_bits,
     )  # fmt: skip
 
 
@@ -51,6 +56,7 @@ def fp8_grouped_gemm(
     group_sizes: Int32[Array, " g"],
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
+    sum_bits: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "m n"]:
     """`a[rows of group i] @ b[i].T` for every group: the rows of a are sorted by group.
@@ -61,12 +67,13 @@ def fp8_grouped_gemm(
     `fp8_gemm` does, and for sizes below 0 or above M in sum; sizes that are being traced (under
     jit) cannot be checked. TypeError when differentiated.
     """
+    checks.sum_bits(sum_bits)
     _check(a, a_scale, b, b_scale, out_dtype, "[M, K]", "[G, N, K]")
     checks.group_sizes(group_sizes, b.shape[0], a.shape[0])
     return multiply(
         "fp8_grouped_gemm", "fp8_grouped_linear", products(backend).fp8_grouped,
         a, a_scale, b, b_scale, group_sizes,
-        shape=(a.shape[0], b.shape[1]), out_dtype=out_dtype,
+        shape=(a.shape[0], b.shape[1]), out_dtype=out_dtype, sum_bits=sum_bits,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 The columns of both are tokens, 128 to a scale: outputs' gradients and inputs quantised along the
 tokens and stored transposed (DeepSeek-V3 report, section 3.3.2 and figure 7). N % 8 == 0; neither
 is differentiable; `backend="auto"` is the kernel on Hopper and the jnp reference elsewhere.
+`sum_bits` as in `fp8_gemm`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def fp8_wgrad(
     b_scale: Float[Array, "n k_blocks"],
     *,
     accumulate: Float[Array, "m n"] | None = None,
+    sum_bits: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "m n"]:
     """`a @ b.T`, plus `accumulate`, in float32.
@@ -34,10 +36,11 @@ def fp8_wgrad(
     float32 [M, N]. K % 16 == 0. Raises ValueError on dtypes, shapes or a backend that do not fit,
     TypeError when differentiated.
     """
+    checks.sum_bits(sum_bits)
     _check(a, a_scale, b, b_scale)
     return _multiply(
         "fp8_wgrad", "fp8_linear", products(backend).fp8_wgrad, a, a_scale, b, b_scale,
-        accumulate=accumulate, shape=(a.shape[0], b.shape[0]),
+        accumulate=accumulate, sum_bits=sum_bits, shape=(a.shape[0], b.shape[0]),
     )  # fmt: skip
 
 
@@ -49,6 +52,7 @@ def fp8_grouped_wgrad(
     group_sizes: Int32[Array, " g"],
     *,
     accumulate: Float[Array, "g m n"] | None = None,
+    sum_bits: int | None = None,
     backend: Backend = "auto",
 ) -> Float[Array, "g m n"]:
     """`a[:, columns of group i] @ b[:, columns of group i].T`, plus `accumulate`, in float32.
@@ -61,13 +65,15 @@ def fp8_grouped_wgrad(
     not fit, and for sizes below 0 or above K in all, unless they are being traced (under jit).
     TypeError when differentiated.
     """
+    checks.sum_bits(sum_bits)
     _check(a, a_scale, b, b_scale)
     checks.multiple("K", a.shape[1], checks.BLOCK)
     checks.group_sizes(group_sizes, None, a.shape[1], "K", unit=checks.BLOCK)
     return _multiply(
         "fp8_grouped_wgrad", "fp8_grouped_linear", products(backend).fp8_grouped_wgrad,
         a, a_scale, b, b_scale, group_sizes,
-        accumulate=accumulate, shape=(group_sizes.shape[0], a.shape[0], b.shape[0]),
+        accumulate=accumulate, sum_bits=sum_bits,
+        shape=(group_sizes.shape[0], a.shape[0], b.shape[0]),
     )  # fmt: skip
 
 
@@ -83,10 +89,12 @@ def _multiply(
     product: Callable[..., jax.Array],
     *operands: jax.Array,
     accumulate: jax.Array | None,
+    sum_bits: int | None,
     shape: tuple[int, ...],
 ) -> jax.Array:
     if accumulate is not None:
         checks.exact("accumulate", accumulate, shape)
         if not operands[0].size:  # no columns to add, or nothing to add them to
             return accumulate
-    return multiply(name, instead, product, *operands, accumulate, shape=shape)
+    return multiply(name, instead, product, *operands, accumulate, shape=shape,
+                    sum_bits=sum_bits)  # fmt: skip

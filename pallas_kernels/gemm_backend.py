@@ -46,15 +46,16 @@ def multiply(
     *operands: jax.Array | None,
     shape: tuple[int, ...],
     out_dtype: DTypeLike | None = None,
+    sum_bits: int | None = None,
 ) -> jax.Array:
-    """`product(*operands, out_dtype)`, zeros of that shape where an operand is empty.
+    """`product(*operands, out_dtype, sum_bits)`, zeros of that shape where an operand is empty.
 
     TypeError where JAX would differentiate it: else the reference had gradients that the kernels
-    lack. A product without an `out_dtype` gives float32.
+    lack. A product without an `out_dtype` gives float32; sum_bits of None is left out.
     """
     if not all(x.size for x in operands if x is not None):
         return jnp.zeros(shape, out_dtype or jnp.float32)
-    static = () if out_dtype is None else (out_dtype,)
+    static = tuple(given for given in (out_dtype, sum_bits) if given is not None)
 
     @jax.custom_jvp
     def guarded(*operands: jax.Array | None) -> jax.Array:

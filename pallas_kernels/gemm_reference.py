@@ -11,52 +11,64 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.checks import BLOCK, ceil_div
+from pallas_kernels.checks import BLOCK, FRACTION_BITS, ceil_div
 
 ROWS = 64  # a block's, in products that have their groups in the rows
 
 typed = functools.partial(jax.jit, static_argnames="out_dtype")
+typed_fp8 = functools.partial(jax.jit, static_argnames=("out_dtype", "sum_bits"))
+summed = functools.partial(jax.jit, static_argnames="sum_bits")
 
 
-@typed
-def fp8_dense(a: Array, a_scale: Array, b: Array, b_scale: Array, out_dtype: DTypeLike) -> Array:
-    return _dot(dequantise(a, a_scale), dequantise(b, b_scale, BLOCK)).astype(out_dtype)
+@typed_fp8
+def fp8_dense(
+    a: Array, a_scale: Array, b: Array, b_scale: Array, out_dtype: DTypeLike,
+    sum_bits: int | None = None,
+) -> Array:  # fmt: skip
+    b = dequantise(b, b_scale, BLOCK)
+    return _dot(dequantise(a, a_scale), b, sum_bits).astype(out_dtype)
 
 
-@typed
+@typed_fp8
 def fp8_grouped(
-    a: Array, a_scale: Array, b: Array, b_scale: Array, group_sizes: Array, out_dtype: DTypeLike
-) -> Array:
+    a: Array, a_scale: Array, b: Array, b_scale: Array, group_sizes: Array, out_dtype: DTypeLike,
+    sum_bits: int | None = None,
+) -> Array:  # fmt: skip
     def matrix(group: Array) -> Array:
         return dequantise(b[group], b_scale[group], BLOCK)
 
-    return _grouped(dequantise(a, a_scale), matrix, group_sizes, len(b)).astype(out_dtype)
+    a = dequantise(a, a_scale)
+    return _grouped(a, matrix, group_sizes, len(b), sum_bits).astype(out_dtype)
 
 
 @typed
 def fp8_masked(
     a: Array, a_scale: Array, b: Array, b_scale: Array, counts: Array, out_dtype: DTypeLike
 ) -> Array:
-    out = jax.lax.map(lambda group: fp8_dense(*group, out_dtype), (a, a_scale, b, b_scale))
+    out = lax.map(lambda group: fp8_dense(*group, out_dtype), (a, a_scale, b, b_scale))
     return _first_rows(out, counts)
 
 
-@jax.jit
+@summed
 def fp8_wgrad(
-    a: Array, a_scale: Array, b: Array, b_scale: Array, accumulate: Array | None
-) -> Array:
-    return _plus(_dot(dequantise(a, a_scale), dequantise(b, b_scale)), accumulate)
+    a: Array, a_scale: Array, b: Array, b_scale: Array, accumulate: Array | None,
+    sum_bits: int | None = None,
+) -> Array:  # fmt: skip
+    return _plus(_dot(dequantise(a, a_scale), dequantise(b, b_scale), sum_bits), accumulate)
 
 
-@jax.jit
+@summed
 def fp8_grouped_wgrad(
-    a: Array, a_scale: Array, b: Array, b_scale: Array, group_sizes: Array, accumulate: Array | None
-) -> Array:
+    a: Array, a_scale: Array, b: Array, b_scale: Array, group_sizes: Array,
+    accumulate: Array | None, sum_bits: int | None = None,
+) -> Array:  # fmt: skip
     whole = ceil_div(group_sizes, BLOCK) * BLOCK
-    return _plus(_outer(dequantise(a, a_scale).T, dequantise(b, b_scale).T, whole), accumulate)
+    x, y = dequantise(a, a_scale).T, dequantise(b, b_scale).T
+    return _plus(_outer(x, y, whole, sum_bits), accumulate)
 
 
 @typed
@@ -72,7 +84,7 @@ def bf16_grouped(a: Array, b: Array, group_sizes: Array, out_dtype: DTypeLike) -
 
 @typed
 def bf16_masked(a: Array, b: Array, counts: Array, out_dtype: DTypeLike) -> Array:
-    out = jax.lax.map(lambda group: bf16_dense(*group, out_dtype), (a, b))
+    out = lax.map(lambda group: bf16_dense(*group, out_dtype), (a, b))
     return _first_rows(out, counts)
 
 
@@ -92,8 +104,25 @@ def _float32(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+def keep_bits(sums: Array, bits: int | None) -> Array:
+    """float32 sums cut to so many bits of their fractions, as an accumulator that has no more
+    would; None keeps all 23."""
+    if bits is None:
+        return sums
+    mask = np.int32(-(1 << (FRACTION_BITS - bits)))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(sums, jnp.int32) & mask, jnp.float32)
+
+
+def _dot(a: Array, b: Array, sum_bits: int | None = None) -> Array:
+    """a @ b.T, its sums cut to `sum_bits` behind every block of K."""
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    if sum_bits is None:
+        return exact(a, b.T)
+    total = jnp.zeros((len(a), len(b)), jnp.float32)
+    for start in range(0, a.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        total = keep_bits(total + exact(a[:, block], b[:, block].T), sum_bits)
+    return total
 
 
 def _plus(out: Array, accumulate: Array | None) -> Array:
@@ -125,24 +154,30 @@ def _to_blocks(x: Array, place: Array, count: int, rows: int) -> Array:
     return padded.reshape(count, rows, x.shape[1])
 
 
-def _grouped(a: Array, matrix: Callable[[Array], Array], sizes: Array, groups: int) -> Array:
+def _grouped(
+    a: Array, matrix: Callable[[Array], Array], sizes: Array, groups: int,
+    sum_bits: int | None = None,
+) -> Array:  # fmt: skip
     """Each group's rows of a [M, K] times its matrix(group) [N, K]; zeros behind the groups."""
     place, owner = _blocked(sizes, len(a), ROWS)
     blocks = _to_blocks(a, place, len(owner), ROWS)
-    out = jax.lax.map(
-        lambda block: _dot(block[0], matrix(jnp.minimum(block[1], groups - 1))), (blocks, owner)
-    )
+
+    def product(block: tuple) -> Array:
+        return _dot(block[0], matrix(jnp.minimum(block[1], groups - 1)), sum_bits)
+
+    out = lax.map(product, (blocks, owner))
     return out.reshape(-1, out.shape[-1]).at[place].get(mode="fill", fill_value=0)
 
 
-def _outer(x: Array, y: Array, sizes: Array) -> Array:
+def _outer(x: Array, y: Array, sizes: Array, sum_bits: int | None = None) -> Array:
     """x_g.T @ y_g of every group's rows of x [T, K] and y [T, N]: [G, K, N]."""
     place, owner = _blocked(sizes, len(x), BLOCK)
     xs, ys = (_to_blocks(rows, place, len(owner), BLOCK) for rows in (x, y))
 
     def add(total: Array, block: tuple) -> tuple[Array, None]:
         x_block, y_block, group = block
-        return total.at[group].add(_dot(x_block.T, y_block.T), mode="drop"), None
+        added = keep_bits(total[group] + _dot(x_block.T, y_block.T), sum_bits)
+        return total.at[group].set(added, mode="drop"), None
 
     zeros = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32)
-    return jax.lax.scan(add, zeros, (xs, ys, owner))[0]
+    return lax.scan(add, zeros, (xs, ys, owner))[0]

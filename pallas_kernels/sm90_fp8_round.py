@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_wgmma
+from pallas_kernels.gemm_reference import keep_bits
 from pallas_kernels.sm90_launch import Refs
 from pallas_kernels.sm90_schedule import Scalar, Work
 from pallas_kernels.sm90_tile import ROWS, Tile
@@ -179,7 +180,8 @@ class Rounds:
                 scale = scale * b_scales[at]
             else:
                 part = part * lax.broadcast_in_dim(columns, part.shape, [1])
-            new.append(total + part * lax.broadcast_in_dim(scale, part.shape, [0]))
+            added = total + part * lax.broadcast_in_dim(scale, part.shape, [0])
+            new.append(keep_bits(added, self.tile.sum_bits))
         return tuple(new)
 
     def start(self, acc: jax.Array, slot: Scalar, at: int, places: tuple) -> jax.Array:

@@ -10,6 +10,7 @@ zeros first, which copies them once. So does cutting the output to an N that is 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -61,13 +62,14 @@ def _row_scales(scale: jax.Array, rows: int) -> jax.Array:
     return _pad(scale.T, cols=_up(rows, 4))
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def fp8_dense(
-    a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, out_dtype: Any
-) -> jax.Array:
+    a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, out_dtype: Any,
+    sum_bits: int | None = None,
+) -> jax.Array:  # fmt: skip
     (m, k), n = a.shape, b.shape[0]
     rows, depth = _rows(m), _up(k, BLOCK)
-    tile = sm90_tiles.dense(rows, n, depth // BLOCK)
+    tile = replace(sm90_tiles.dense(rows, n, depth // BLOCK), sum_bits=sum_bits)
     rows = _spread(rows, depth // BLOCK // tile.splits)
     split = tile.splits > 1
     out = fp8_gemm(
@@ -79,18 +81,18 @@ def fp8_dense(
     return out[:m, :n]
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def fp8_grouped(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array,
-    out_dtype: Any,
+    out_dtype: Any, sum_bits: int | None = None,
 ) -> jax.Array:  # fmt: skip
     (m, k), (groups, n, _) = a.shape, b.shape
     rows, depth = _rows(m), _up(k, BLOCK)
+    tile = replace(sm90_tiles.grouped(rows, n, depth // BLOCK, groups), sum_bits=sum_bits)
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
         _pad(b, cols=depth), b_scale, sizes,
-        kind="grouped", tile=sm90_tiles.grouped(rows, n, depth // BLOCK, groups),
-        out_dtype=out_dtype, sms=SMS,
+        kind="grouped", tile=tile, out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[0, :m, :n]
 
@@ -112,10 +114,10 @@ def fp8_masked(
     return out[:, :m, :n]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=5)
 def fp8_wgrad(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array,
-    accumulate: jax.Array | None,
+    accumulate: jax.Array | None, sum_bits: int | None = None,
 ) -> jax.Array:  # fmt: skip
     (m, k), n = a.shape, b.shape[0]
     rows, depth = _rows(m), _up(k, BLOCK)
@@ -123,22 +125,24 @@ def fp8_wgrad(
     out = fp8_gemm(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
         _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols), None, _init(accumulate),
-        kind="dense", tile=sm90_tiles.BY_ROW, out_dtype=jnp.float32, sms=SMS,
+        kind="dense", tile=replace(sm90_tiles.BY_ROW, sum_bits=sum_bits),
+        out_dtype=jnp.float32, sms=SMS,
     )  # fmt: skip
     return out[0, :m, :n]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=6)
 def fp8_grouped_wgrad(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array,
-    accumulate: jax.Array | None,
+    accumulate: jax.Array | None, sum_bits: int | None = None,
 ) -> jax.Array:  # fmt: skip
     m, n = a.shape[0], b.shape[0]
     rows, cols = _rows(m), _up(n, 8)
     out = fp8_gemm(
         _pad(a, rows=rows)[None], _row_scales(a_scale, rows),
         _pad(b, rows=cols)[None], _row_scales(b_scale, cols), sizes, _init(accumulate),
-        kind="k_grouped", tile=sm90_tiles.BY_ROW, out_dtype=jnp.float32, sms=SMS,
+        kind="k_grouped", tile=replace(sm90_tiles.BY_ROW, sum_bits=sum_bits),
+        out_dtype=jnp.float32, sms=SMS,
     )  # fmt: skip
     return out[:, :m, :n]
 

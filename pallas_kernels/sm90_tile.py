@@ -30,7 +30,8 @@ class Tile:
     `below` = 2 with tiles below one another share B, by TMA multicast inside the card. `splits`
     cuts K, each part with a float32 output of its own. `band` rows of tiles are walked together.
     `depth` blocks of K are multiplied at a time, each into an accumulator of its own. `slots` of
-    shared memory hold output on its way out.
+    shared memory hold output on its way out. `sum_bits`: of the FP8 sums' fractions, see
+    `gemm_reference.keep_bits`.
     """
 
     warpgroups: int
@@ -44,6 +45,7 @@ class Tile:
     band: int = 8
     depth: int = 1
     slots: int = 1
+    sum_bits: int | None = None
 
     @property
     def rows(self) -> int:

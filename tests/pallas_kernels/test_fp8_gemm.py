@@ -179,3 +179,25 @@ def test_not_differentiable():
     assert_no_gradient(fp8_gemm, a, a_scale, b, b_scale)
     assert_no_gradient(fp8_grouped_gemm, *fp8_groups(4, 2), counts([1, 3]))
     assert_no_gradient(fp8_masked_gemm, *fp8_masked(2, 4, [1, 4]))
+
+
+@pytest.mark.parametrize("bits", [10, 13, 23])
+def test_sums_keep_so_many_bits_from_one_block_to_the_next(bits):
+    """As fewer bits are kept the sum falls behind, by up to 2**-bits of itself for every block."""
+    k, blocks = 1024, 8
+    a, b = (jnp.ones((rows, k), jnp.float8_e4m3fn) for rows in (8, 16))
+    scale = 1 + jnp.arange(blocks, dtype=jnp.float32) / 1000
+    out = fp8_gemm(
+        a, jnp.broadcast_to(scale, (8, blocks)), b, jnp.ones((1, blocks)),
+        out_dtype=jnp.float32, sum_bits=bits,
+    )  # fmt: skip
+    exact = 128 * float(scale.sum())
+    assert (out <= exact * (1 + 1e-6)).all()
+    assert (out >= exact * (1 - blocks * 2.0**-bits) - 1e-3).all()
+    fraction = np.frexp(np.asarray(out))[0] * 2.0 ** (bits + 1)
+    assert (fraction == np.round(fraction)).all()
+
+
+def test_impossible_bits_are_refused():
+    with pytest.raises(ValueError, match="sum_bits is 24"):
+        fp8_gemm(*fp8_dense(8, 16, 128), sum_bits=24)

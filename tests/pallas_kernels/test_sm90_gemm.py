@@ -1,6 +1,7 @@
 """The Hopper GEMM kernels in the interpreter, which also looks for races, tile class by class."""
 
 import contextlib
+import dataclasses
 import io
 
 import jax
@@ -86,6 +87,22 @@ def test_fp8_dense(tile):
         out_dtype=jnp.float32,
     )  # fmt: skip
     assert apart(out.sum(0), by_row(a[0], a_scale) @ by_block(b[0], b_scale[0]).T) < SUMS
+
+
+@pytest.mark.parametrize("tile", [DENSE["large"], DENSE["several blocks at once"]])
+def test_fp8_sums_keep_so_many_bits(tile):
+    rng = np.random.default_rng(7)
+    m, n, k, bits = 72, 136, 512, 6
+    a, b = e4m3(rng, 1, m, k), e4m3(rng, 1, n, k)
+    a_scale, b_scale = scales(rng, k // 128, m), scales(rng, 1, 2, k // 128)
+    out = interpreted(
+        fp8_gemm, a, a_scale, b, b_scale, None, tile=dataclasses.replace(tile, sum_bits=bits), n=n,
+        kind="dense", out_dtype=jnp.float32,
+    )[0]  # fmt: skip
+    fraction = np.frexp(np.asarray(out))[0] * 2.0 ** (bits + 1)
+    assert (fraction == np.round(fraction)).all()
+    expected = by_row(a[0], a_scale) @ by_block(b[0], b_scale[0]).T
+    assert 2e-3 < apart(out, expected) < k // 128 * 2.0**-bits
 
 
 @pytest.mark.parametrize("tile", [DENSE["large"], Tile(3, 128, 2, beside=2), Tile(2, 128, 2)])
