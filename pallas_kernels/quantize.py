@@ -76,12 +76,37 @@ def quantize_blocks(
     checks.array("w", w, "[..., N, K]", *FLOATS)
     w = _constant(w)
     if _use_kernel(backend, w, "K", w.shape[-1]):
-        from pallas_kernels import sm90_quantize
-
-        n, k = w.shape[-2:]
-        q, scale = sm90_quantize.blocks(w.reshape(-1, n, k), power_of_two=power_of_two)
-        return q.reshape(w.shape), scale.reshape(*w.shape[:-2], *scale.shape[1:])
+        q, scale = _blocks_kernel(w, power_of_two, False)
+        return q, scale
     return _blocks(w, power_of_two)
+
+
+def quantize_blocks_both(
+    w: Float[Array, "*groups n k"], *, power_of_two: bool = False, backend: Backend = "auto"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q, scale, q_t): what `quantize_blocks` gives, and q with its last two axes exchanged.
+
+    Both from one read of w. Raises ValueError as `quantize_blocks` does, and for
+    backend="mosaic_gpu" on N that is not divisible by 16.
+    """
+    checks.array("w", w, "[..., N, K]", *FLOATS)
+    w = _constant(w)
+    fits = [_use_kernel(backend, w, *size) for size in zip("NK", w.shape[-2:], strict=True)]
+    if all(fits):
+        q, scale, q_t = _blocks_kernel(w, power_of_two, True)
+        return q, scale, q_t
+    q, scale = _blocks(w, power_of_two)
+    return q, scale, q.swapaxes(-1, -2)
+
+
+def _blocks_kernel(w: jax.Array, power_of_two: bool, transposed: bool) -> list[jax.Array]:
+    from pallas_kernels import sm90_quantize_blocks
+
+    *groups, n, k = w.shape
+    found = sm90_quantize_blocks.blocks(
+        w.reshape(-1, n, k), power_of_two=power_of_two, transposed=transposed
+    )
+    return [x.reshape(*groups, *x.shape[1:]) for x in found]
 
 
 def quantize_both(
@@ -114,6 +139,24 @@ def quantize_both(
 
         return kernels.both(x, group_sizes, power_of_two=power_of_two)
     return *_tiles(x, power_of_two), *_transposed(x, group_sizes, power_of_two)
+
+
+def quantize_transposed(
+    x: Float[Array, "m k"],
+    group_sizes: Int32[Array, " g"] | None = None,
+    *,
+    power_of_two: bool = False,
+    backend: Backend = "auto",
+) -> Quantized:
+    """(q_t, scale_t) of `quantize_both`, with its rules and errors: the transpose alone."""
+    checks.array("x", x, "[M, K]", *FLOATS)
+    _check_groups(group_sizes, x)
+    x = _constant(x)
+    if _use_kernel(backend, x, "K", x.shape[1]):
+        from pallas_kernels import sm90_quantize_transposed as kernels
+
+        return kernels.transposed(x, group_sizes, power_of_two=power_of_two)
+    return _transposed(x, group_sizes, power_of_two)
 
 
 def requantize_transposed(
@@ -158,6 +201,25 @@ def swiglu_quantize(
         return sm90_quantize.swiglu(gate_up, power_of_two=power_of_two)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
     return _tiles(gate / (1 + jnp.exp(-gate)) * up, power_of_two)
+
+
+def swiglu_quantize_both(
+    gate_up: Float[Array, "m two_f"], *, power_of_two: bool = False, backend: Backend = "auto"
+) -> tuple[Quantized, Quantized]:
+    """`swiglu_quantize` and `quantize_tiles` of gate_up [M, 2F], in this order.
+
+    From one read of gate_up where F is divisible by 128: else a tile holds both gate and up. Raises
+    ValueError as `swiglu_quantize` does.
+    """
+    checks.array("gate_up", gate_up, "[M, 2F]", *FLOATS)
+    checks.multiple("2F", gate_up.shape[1], 2)
+    f = gate_up.shape[1] // 2
+    if f % TILE == 0 and _use_kernel(backend, gate_up, "F", f):
+        from pallas_kernels import sm90_quantize_swiglu as kernels
+
+        return kernels.swiglu_both(_constant(gate_up), power_of_two=power_of_two)
+    product = swiglu_quantize(gate_up, power_of_two=power_of_two, backend=backend)
+    return product, quantize_tiles(gate_up, power_of_two=power_of_two, backend=backend)
 
 
 def rmsnorm_quantize(

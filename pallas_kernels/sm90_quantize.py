@@ -1,4 +1,4 @@
-"""Quantisation along rows on Hopper: 1 x 128 tiles, 128 x 128 blocks, SwiGLU in front.
+"""Quantisation along rows on Hopper: 1 x 128 tiles, SwiGLU in front.
 
 These kernels only move memory. A persistent CTA of one warpgroup walks tiles of 128 x 128, along K
 first; TMA fetches the next ones while it works, fills what lies outside the array with zeros and
@@ -50,11 +50,16 @@ def swiglu(
     m, width = gate_up.shape
 
     def product(parts: list[jax.Array]) -> jax.Array:
-        gate, up = (part.astype(jnp.float32) for part in parts)
-        return gate / (1 + jnp.exp(-gate)) * up
+        return silu_times(*parts)
 
     halves = gate_up.reshape(m, 2, width // 2)
     return _rows(halves, product, power_of_two, "swiglu_quantize", sms, interpret)
+
+
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in float32."""
+    gate = gate.astype(jnp.float32)
+    return gate / (1 + jnp.exp(-gate)) * up.astype(jnp.float32)
 
 
 def _rows(
@@ -104,58 +109,6 @@ def _rows(
         full=plgpu.Barrier(num_arrivals=parts, num_barriers=stages),
     )  # fmt: skip
     return q, scale.T
-
-
-def blocks(
-    w: jax.Array, *, power_of_two: bool, sms: int | None = None, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """`quantize_blocks` of w [G, N, K], K % 16 == 0."""
-    groups, n, k = w.shape
-    rows, cols = ceil_div(n, TILE), ceil_div(k, TILE)
-    layout = rows_layout(w.dtype)
-
-    def body(w_ref, q_ref, scale_ref, x_s, q_s, line_s, full):
-        def locate(unit, cursor):
-            row = lax.div(unit, jnp.int32(cols))
-            group = lax.div(row, jnp.int32(rows))
-            return (group, row - group * rows, lax.rem(unit, jnp.int32(cols))), cursor
-
-        def block(ref, place):
-            group, row, col = place
-            return ref.at[group, pl.ds(row * TILE, TILE), pl.ds(col * TILE, TILE)]
-
-        def fetch(place, slot):
-            plgpu.copy_gmem_to_smem(block(w_ref, place), x_s.at[slot], full.at[slot])
-
-        def work(place, slot, refill):
-            plgpu.barrier_wait(full.at[slot])
-            x = plgpu.load(x_s.at[slot], layout=layout)
-            refill()
-            q, scale = quantize_rows(x, line_s, layout, power_of_two, alike=True)
-            group, row, col = place
-            valid = lax.min(jnp.int32(TILE), n - row * TILE)
-            write_tile(q, q_s)
-            store_rows(q_s, valid, q_ref.at[group], row * TILE, col)
-            line_s[0] = scale
-            scale_ref[place] = line_s[0, 0]
-
-        keep_row_major(x_s, q_s)
-        stream(units, stages, fetch, work, locate)
-
-    units = groups * rows * cols
-    stages = stages_of(w.dtype.itemsize, STAGE_BYTES)
-    return launch(
-        body, w, name="quantize_blocks", units=units, sms=sms, interpret=interpret,
-        out=[
-            jax.ShapeDtypeStruct(w.shape, E4M3),
-            jax.ShapeDtypeStruct((groups, rows, cols), jnp.float32),
-        ],
-        smem=dict(
-            x_s=((stages, TILE, TILE), w.dtype), q_s=((TILE, TILE), E4M3),
-            line_s=((2, TILE), jnp.float32),
-        ),
-        full=plgpu.Barrier(num_barriers=stages),
-    )  # fmt: skip
 
 
 def quantize_rows(

@@ -114,53 +114,80 @@ def both(
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`quantize_both` of x [M, K], K % 16 == 0."""
+    q, scale, q_t, scale_t = _from_floats(x, sizes, power_of_two, True, sms, interpret)
+    return q, scale.T, q_t, scale_t.T
+
+
+def transposed(
+    x: jax.Array, sizes: jax.Array | None, *, power_of_two: bool, sms: int | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`quantize_transposed` of x [M, K], K % 16 == 0."""
+    q_t, scale_t = _from_floats(x, sizes, power_of_two, False, sms, interpret)
+    return q_t, scale_t.T
+
+
+def _from_floats(
+    x: jax.Array, sizes: jax.Array | None, power_of_two: bool, rows: bool, sms: int | None,
+    interpret: Any,
+) -> list[jax.Array]:  # fmt: skip
+    """With `rows` the tiles along K too, first; scales with rows and columns exchanged."""
     walk = Walk(*x.shape, 0 if sizes is None else sizes.shape[0])
     layout = rows_layout(x.dtype)
     stages = stages_of(x.dtype.itemsize, STAGE_BYTES)
 
-    def body(x_ref, *refs, x_s, q_s, q_t_s, line_s, full):
-        *sizes_ref, q_ref, scale_ref, q_t_ref, scale_t_ref = refs
+    def body(x_ref, *refs, x_s, q_t_s, line_s, full, **spare):
+        *before, q_t_ref, scale_t_ref = refs
+        sizes_ref = before[: walk.groups > 0]
 
         def fetch(place, slot):
             _, col, start, _ = place
             source = x_ref.at[pl.ds(start, TILE), pl.ds(col * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, x_s.at[slot], full.at[slot])
 
+        def start_rows(x_s, place):
+            """All but the values' store, for which x_s has to be read first."""
+            _, col, start, valid = place
+            q, scale = quantize_rows(plgpu.load(x_s, layout=layout), line_s, layout, power_of_two)
+            store_line(
+                scale, line_s.at[0], valid,
+                lambda first, size: before[-1].at[col, pl.ds(start + first, size)],
+            )  # fmt: skip
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            spare["q_s"][...] = q
+
         def work(place, slot, refill):
             _, col, start, valid = place
             plgpu.barrier_wait(full.at[slot])
-            x = plgpu.load(x_s.at[slot], layout=layout)
-            q, scale = quantize_rows(x, line_s, layout, power_of_two)
-            store_line(
-                scale, line_s.at[0], valid,
-                lambda first, size: scale_ref.at[col, pl.ds(start + first, size)],
-            )  # fmt: skip
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            q_s[...] = q
+            if rows:
+                start_rows(x_s.at[slot], place)
             if sizes_ref:
                 _clear_rows(x_s.at[slot], layout, valid)
-            columns = _load_columns(x_s.at[slot])
+            columns = load_columns(x_s.at[slot])
             refill()
-            store_rows(q_s, valid, q_ref, start, col)
+            if rows:
+                store_rows(spare["q_s"], valid, before[-2], start, col)
+            else:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
 
-        keep_row_major(x_s, q_s)
+        keep_row_major(x_s, *spare.values())
         _stream(walk, stages, fetch, work, sizes_ref)
 
-    out = [
+    by_row = [
         jax.ShapeDtypeStruct(x.shape, E4M3),
         jax.ShapeDtypeStruct((walk.cols, walk.m), jnp.float32),
     ]
-    q, scale, q_t, scale_t = launch(
-        body, x, *_operands(sizes), name="quantize_both", units=walk.units, sms=sms,
-        interpret=interpret, out=out + walk.transposed,
+    return launch(
+        body, x, *_operands(sizes), name="quantize_both" if rows else "quantize_transposed",
+        units=walk.units, sms=sms, interpret=interpret,
+        out=(by_row if rows else []) + walk.transposed,
         smem=dict(
-            x_s=((stages, TILE, TILE), x.dtype), q_s=((TILE, TILE), E4M3),
-            q_t_s=((TILE, TILE), E4M3), line_s=((2, TILE), jnp.float32),
+            x_s=((stages, TILE, TILE), x.dtype), q_t_s=((TILE, TILE), E4M3),
+            line_s=((2, TILE), jnp.float32), **({"q_s": ((TILE, TILE), E4M3)} if rows else {}),
         ),
         full=plgpu.Barrier(num_barriers=stages),
     )  # fmt: skip
-    return q, scale.T, q_t, scale_t.T
 
 
 def requantize(
@@ -189,7 +216,7 @@ def requantize(
             if sizes_ref:
                 _clear_rows(q_s.at[slot], layout, place[3])
                 _own_scales(scale_s.at[slot], line_s.at[1], place)
-            columns = _load_columns(q_s.at[slot]).astype(jnp.float32)
+            columns = load_columns(q_s.at[slot]).astype(jnp.float32)
             scales = line_s.at[1] if sizes_ref else scale_s.at[slot, pl.ds(0, TILE)]
             scales = plgpu.load(scales, layout=COLUMN(16).reduce(0), optimized=False)
             columns *= lax.broadcast_in_dim(scales, columns.shape, [1])
@@ -246,7 +273,8 @@ def _own_scales(fetched: Any, line: Any, place: Place) -> None:
     line[...] = jnp.where(row < valid, scales, jnp.zeros_like(scales))
 
 
-def _load_columns(ref: Any) -> jax.Array:
+def load_columns(ref: Any) -> jax.Array:
+    """The transpose of ref [128, 128], a column of it a thread."""
     return plgpu.layout_cast(plgpu.load(ref.T, layout=COLUMN(1)), COLUMN(16))
 
 

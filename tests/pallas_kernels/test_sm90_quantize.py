@@ -11,13 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import (
     sm90_quantize,
+    sm90_quantize_blocks,
     sm90_quantize_rmsnorm,
     sm90_quantize_transposed,
 )
 from pallas_kernels.quantize import (
     quantize_blocks,
+    quantize_blocks_both,
     quantize_both,
     quantize_tiles,
+    quantize_transposed,
     requantize_transposed,
     rmsnorm_quantize,
     swiglu_quantize,
@@ -81,9 +84,18 @@ def test_tiles(shape, dtype, power_of_two, capsys):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_blocks(dtype, capsys):
-    w = draw((2, 130, 144), dtype)
-    found = interpreted(sm90_quantize.blocks, w, power_of_two=dtype == jnp.float32, capsys=capsys)
-    assert_same_bits(found, reference(quantize_blocks, w, power_of_two=dtype == jnp.float32))
+    w, options = draw((2, 130, 144), dtype), {"power_of_two": dtype == jnp.float32}
+    found = interpreted(sm90_quantize_blocks.blocks, w, capsys=capsys, **options)
+    assert_same_bits(found, reference(quantize_blocks, w, **options))
+
+
+@pytest.mark.parametrize("shape", [(2, 144, 272), (1, 16, 128), (3, 128, 32)])
+def test_blocks_both_ways(shape, capsys):
+    w = draw(shape)
+    found = interpreted(
+        sm90_quantize_blocks.blocks, w, power_of_two=False, transposed=True, capsys=capsys
+    )
+    assert_same_bits(found, reference(quantize_blocks_both, w))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
@@ -118,6 +130,9 @@ def test_both_without_groups(m, k, dtype, power_of_two, capsys):
     found = interpreted(kernel, *expected[:2], None, power_of_two=power_of_two, capsys=capsys)
     again = reference(requantize_transposed, *expected[:2], power_of_two=power_of_two)
     assert_same_bits(found, again)
+    kernel = sm90_quantize_transposed.transposed
+    found = interpreted(kernel, x, None, power_of_two=power_of_two, capsys=capsys)
+    assert_same_bits(found, expected[2:])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +152,9 @@ def test_groups(name, capsys):
     expected = reference(quantize_both, x, sizes)
     assert_same_bits([a[:own] for a in found[:2]], [a[:own] for a in expected[:2]])
     assert_same_bits(found[2:], expected[2:])
+    kernel = sm90_quantize_transposed.transposed
+    found = interpreted(kernel, x, sizes, power_of_two=False, capsys=capsys)
+    assert_same_bits(found, expected[2:])
     kernel = sm90_quantize_transposed.requantize
     found = interpreted(kernel, *expected[:2], sizes, power_of_two=False, capsys=capsys)
     assert_same_bits(found, reference(requantize_transposed, *expected[:2], sizes))
@@ -153,10 +171,21 @@ def test_nan_does_not_reach_the_next_group(capsys):
     assert np.isnan(np.asarray(found[1])).sum() == 16
 
 
+def of_three(n, k, dtype):
+    return jax.ShapeDtypeStruct((3, n, k), dtype)
+
+
 KERNELS = {
     "tiles": lambda m, k, x: (sm90_quantize.tiles, [x]),
     "swiglu": lambda m, k, x: (sm90_quantize.swiglu, [jax.ShapeDtypeStruct((m, 2 * k), x.dtype)]),
-    "blocks": lambda m, k, x: (sm90_quantize.blocks, [jax.ShapeDtypeStruct((3, m, k), x.dtype)]),
+    "blocks": lambda m, k, x: (sm90_quantize_blocks.blocks, [of_three(m, k, x.dtype)]),
+    "blocks both ways": lambda m, k, x: (
+        functools.partial(sm90_quantize_blocks.blocks, transposed=True),
+        [of_three(-(-m // 16) * 16, k, x.dtype)],
+    ),
+    "transposed": lambda m, k, x: (
+        functools.partial(sm90_quantize_transposed.transposed, sizes=None), [x]
+    ),
     "both": lambda m, k, x: (functools.partial(sm90_quantize_transposed.both, sizes=None), [x]),
     "both by group": lambda m, k, x: (sm90_quantize_transposed.both, [x, GROUP_SIZES]),
     "requantize": lambda m, k, x: (
@@ -230,15 +259,21 @@ def test_card_rows_and_columns(shape, dtype, power_of_two):
     found, expected = on_card(quantize_both, x, power_of_two=power_of_two)
     assert_same_bits(found, expected)
     assert_same_bits(*on_card(requantize_transposed, *found[:2], power_of_two=power_of_two))
+    assert_same_bits(on_card(quantize_transposed, x, power_of_two=power_of_two)[0], expected[2:])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(16, 16), (2, 300, 1040), (3, 300, 128), (3, 5, 576, 7168)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (2, 300, 1040), (3, 300, 128), (2, 304, 144), (3, 5, 576, 7168)]
+)
 @of_kinds
 def test_card_blocks(shape, dtype, power_of_two):
     w = np.array(draw(shape))
     w[..., 3, 5] = np.nan
-    assert_same_bits(*on_card(quantize_blocks, jnp.asarray(w, dtype), power_of_two=power_of_two))
+    w = jnp.asarray(w, dtype)
+    assert_same_bits(*on_card(quantize_blocks, w, power_of_two=power_of_two))
+    if shape[-2] % 16 == 0:
+        assert_same_bits(*on_card(quantize_blocks_both, w, power_of_two=power_of_two))
 
 
 @pytest.mark.gpu
@@ -255,6 +290,7 @@ def test_card_groups(name, dtype, k):
     assert_same_bits([a[:own] for a in found[:2]], [a[:own] for a in expected[:2]])
     assert_same_bits(found[2:], expected[2:])
     assert_same_bits(*on_card(requantize_transposed, *expected[:2], counts))
+    assert_same_bits(*on_card(quantize_transposed, jnp.asarray(x, dtype), counts))
 
 
 @pytest.mark.gpu
