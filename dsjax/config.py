@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 Gate = Literal["softmax", "sigmoid"]
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
-Precision = Literal["fp32", "bf16"]
-Remat = Literal["none", "dots", "layer"]
+Precision = Literal["fp32", "bf16", "fp8"]
+Remat = Literal["none", "dots", "v3", "layer"]
 MomentDtype = Literal["float32", "bfloat16"]
 
 
@@ -253,6 +253,23 @@ class Mtp:
 
 
 @dataclass(frozen=True)
+class Fp8:
+    """Departures from DeepSeek-V3's FP8 recipe that its report warns of, to see what they cost."""
+
+    sum_bits: int | None = None
+    """Fraction bits that sums of products keep from one 128 of K to the next; 13 is what they have
+    in the tensor core's accumulator, without promotion (report, section 3.3.2)."""
+    gradient_blocks: bool = False
+    """Cast gradients with a scale for 128 x 128, not for 1 x 128 and 128 x 1 (appendix B.2)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sum_bits is None or 1 <= self.sum_bits <= 23,
+            f"sum_bits is {self.sum_bits}: use 1 to 23, or None for all that float32 has",
+        )
+
+
+@dataclass(frozen=True)
 class Train:
     steps: int = 1000
     batch: int = 8
@@ -326,6 +343,7 @@ class Run:
     mtp: Mtp = field(default_factory=Mtp)
     mesh: Mesh = field(default_factory=Mesh)
     precision: Precision = "bf16"
+    fp8: Fp8 = field(default_factory=Fp8)
 
     def __post_init__(self) -> None:
         _one_of(self, "precision", Precision)

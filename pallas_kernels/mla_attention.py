@@ -23,6 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import checks, mla_attention_cudnn, mla_attention_reference
 from pallas_kernels.gemm_backend import Backend, takes_kernels
+from pallas_kernels.kept import kept
 
 if TYPE_CHECKING:
     from typing import Any
@@ -149,7 +150,7 @@ def _attend(
 
 def _forward(how: _How, *operands: Any) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     operands = tuple(None if x is None else x.value for x in operands)
-    found = _attend(how, *operands)
+    found = kept(_attend(how, *operands))
     return found, (*operands, *found)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from dsjax.model.precision import exactness
+from dsjax.model.float32 import exactness
 from pallas_kernels.latent_cache import KEY, LATENT, PAGE, WIDTH
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import plan_mla_decode

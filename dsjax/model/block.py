@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from dsjax.model.moe import Mlp, Moe
 from dsjax.model.norm import rms_norm
 from dsjax.model.placement import Placement
 from dsjax.model.router import RouterStats
+from pallas_kernels.kept import KEPT, kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +27,13 @@ if TYPE_CHECKING:
 
 POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "v3": jax.checkpoint_policies.save_only_these_names(KEPT),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+WRITTEN_OUT = 16
+"""Most layers of a kind that are not scanned."""
 
 
 class LatentCache(NamedTuple):
@@ -54,7 +61,7 @@ class Block(nnx.Module):
         """The layer on whole sequences; also its latents and, for MoE, its routing."""
         normed = rms_norm(x, self.attn_norm[...], self.eps)
         attended, latents = self.attn.naive(normed, turn, placement.attention)
-        x, stats = self._feed_forward(x + attended, placement)
+        x, stats = self._feed_forward(kept(x + attended), placement)
         return placement.spread(x), latents, stats
 
     def decode(
@@ -101,8 +108,46 @@ def stack_blocks(
     return build(rngs)
 
 
-def rematerialise(layer: Callable, remat: Remat) -> Callable:
-    """What the backward pass recomputes: nothing, all but matmul results, or whole layers."""
+def walk_layers(
+    layer: Callable, x: Float[Array, "b t d"], blocks: Block, remat: Remat
+) -> tuple[Float[Array, "b t d"], Any]:
+    """`x, y = layer(x, block)` for every layer in turn; the last x, and all y stacked.
+
+    Few layers are written out: a scan copies what the backward pass keeps into arrays of all
+    layers and out again, a tenth of a training step of `h200_3b`. Many are scanned: they compile
+    once.
+    """
+    count = len(jax.tree.leaves(blocks)[0])
+    if count > WRITTEN_OUT:
+        return jax.lax.scan(_rematerialised(layer, remat, scanned=True), x, blocks)
+    # Equal layers are traced and lowered once, as those of a scan.
+    layer, results = jax.jit(_rematerialised(layer, remat, scanned=False)), []
+    leaves, structure = jax.tree.flatten(blocks)
+    for leaf in zip(*[_apart(leaf, count) for leaf in leaves], strict=True):
+        x, result = layer(x, jax.tree.unflatten(structure, leaf))
+        results.append(result)
+    return x, jax.tree.map(lambda *leaf: jnp.stack(leaf), *results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _apart(stacked: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """The layers of an array; their gradients are written into one, each when it is there."""
+    return tuple(stacked[number] for number in range(count))
+
+
+def _together(count: int, _: None, grads: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    whole = jax.lax.empty((count, *grads[0].shape), grads[0].dtype)
+    for number in reversed(range(count)):
+        whole = jax.lax.dynamic_update_index_in_dim(whole, grads[number], number, 0)
+    return (whole,)
+
+
+_apart.defvjp(lambda stacked, count: (_apart(stacked, count), None), _together)
+
+
+def _rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:
+    """What the backward pass recomputes: nothing, all but matmul results, what V3 does (norms,
+    up-projections, SwiGLU), or whole layers. Norms and SwiGLU it always does."""
     if remat == "none":
         return layer
-    return jax.checkpoint(layer, policy=POLICIES[remat], prevent_cse=False)
+    return jax.checkpoint(layer, policy=POLICIES[remat], prevent_cse=not scanned)

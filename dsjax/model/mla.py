@@ -19,8 +19,9 @@ from flax import nnx
 from dsjax.model.attention import attend_to_rows, lies_in_pages, local_attention, pages_of
 from dsjax.model.init import normal, ones
 from dsjax.model.norm import rms_norm
-from dsjax.model.precision import project
+from dsjax.model.precision import project, project_all
 from dsjax.model.rope import rotate, softmax_scale
+from pallas_kernels.kept import kept
 from pallas_kernels.latent_cache import write_latents
 from pallas_kernels.mla_decode import mla_decode
 from pallas_kernels.mla_sparse import mla_sparse_decode
@@ -53,29 +54,46 @@ class Mla(nnx.Module):
         self.out = weight(h, config.v_dim, d)
         self.config = config
 
-    @jax.named_scope("mla_query")
-    def queries(
-        self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"]
-    ) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h r"]]:
-        """The part without and the part with position."""
+    @jax.named_scope("mla_down")
+    def _down(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t ..."], ...]:
+        """What queries and latents are made of: x times the two weights that it meets."""
         if self.config.q_lora_rank is None:
-            q = project("btd,dhq->bthq", x, self.q[...])
+            query, equation = self.q, "btd,dhq->bthq"
         else:
-            low = project("btd,dr->btr", x, self.q_down[...])
+            query, equation = self.q_down, "btd,dr->btr"
+        return kept(project_all((equation, "btd,dw->btw"), x, (query[...], self.kv_down[...])))
+
+    @jax.named_scope("mla_query")
+    def _queries(
+        self, low: Float[Array, "b t ..."], turn: Float[Array, "b t r/2 2"]
+    ) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h r"]]:
+        """The part without and the part with position, from the first of `_down`."""
+        q = low
+        if self.config.q_lora_rank is not None:
             low = rms_norm(low, self.q_norm[...], self.config.norm_eps)
             q = project("btr,rhq->bthq", low, self.q_up[...])
         nope, rope = jnp.split(q, [self.config.qk_nope_dim], axis=-1)
         return nope, rotate(rope, turn)
 
     @jax.named_scope("mla_latent")
+    def _latents(
+        self, low: Float[Array, "b t w"], turn: Float[Array, "b t r/2 2"]
+    ) -> Float[Array, "b t w"]:
+        latent, key = jnp.split(low, [self.config.kv_lora_rank], axis=-1)
+        latent = rms_norm(latent, self.kv_norm[...], self.config.norm_eps)
+        return jnp.concatenate([latent, rotate(key, turn)], axis=-1)
+
+    def queries(
+        self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"]
+    ) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h r"]]:
+        """The part without and the part with position."""
+        return self._queries(self._down(x)[0], turn)
+
     def latents(
         self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"]
     ) -> Float[Array, "b t w"]:
         """What is cached of each token: the normalised latent and the rotated shared key."""
-        low = project("btd,dw->btw", x, self.kv_down[...])
-        latent, key = jnp.split(low, [self.config.kv_lora_rank], axis=-1)
-        latent = rms_norm(latent, self.kv_norm[...], self.config.norm_eps)
-        return jnp.concatenate([latent, rotate(key, turn)], axis=-1)
+        return self._latents(self._down(x)[1], turn)
 
     def naive(
         self,
@@ -84,8 +102,9 @@ class Mla(nnx.Module):
         attention: Attention = local_attention,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t w"]]:
         """Causal attention among the tokens of x; also returns their latents."""
-        nope, rope = self.queries(x, turn)
-        cached = self.latents(x, turn)
+        query, low = self._down(x)
+        nope, rope = self._queries(query, turn)
+        cached = self._latents(low, turn)
         latent, key = jnp.split(cached, [self.config.kv_lora_rank], axis=-1)
         with jax.named_scope("mla_expand"):
             expanded = project("btc,chy->bthy", latent, self.kv_up[...])
@@ -176,4 +195,4 @@ class Mla(nnx.Module):
 
     @jax.named_scope("mla_out")
     def _project_out(self, attended: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
-        return project("bthv,hvd->btd", attended, self.out[...])
+        return project("bthv,hvd->btd", attended, self.out[...], power_of_two=True)

@@ -13,14 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.model.init import normal
-from dsjax.model.precision import project
+from dsjax.model.precision import plain, project
 from dsjax.model.router import Router, RouterStats, router_stats
 from pallas_kernels import grouped_gemm
+from pallas_kernels.fp8_experts import Order, fp8_experts, sort_by_expert
+from pallas_kernels.fp8_layers import fp8_mlp
+from pallas_kernels.fp8_weight import Fp8Weight
+from pallas_kernels.kept import kept
+from pallas_kernels.permute import combine_rows, spread_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
     from dsjax.config import Model
+    from dsjax.model.precision import Weight
 
 
 class Experts(Protocol):
@@ -31,43 +37,67 @@ class Experts(Protocol):
         x_TD: Float[Array, "T d"],
         experts_TK: Int[Array, "T k"],
         weights_TK: Float[Array, "T k"],
-        gate_up: Float[Array, "e d 2f"],
-        down: Float[Array, "e f d"],
+        gate_up: Weight,
+        down: Weight,
     ) -> Float[Array, "T d"]: ...
 
 
-def swiglu(gate_up: Float[Array, "... 2f"]) -> Float[Array, "... f"]:
-    """silu(gate) * up, gate being the first half."""
+@jax.custom_vjp
+def swiglu(
+    gate_up: Float[Array, "... 2f"], weights: Float[Array, "..."] | None = None
+) -> Float[Array, "... f"]:
+    """silu(gate) * up, the first half being the gate, times a weight for every row if given.
+
+    In float32, rounded once; computed again for the gradient, which keeps gate_up alone.
+    """
+    gate, up = _halves(gate_up)
+    return _weighted(jax.nn.silu(gate) * up, weights).astype(gate_up.dtype)
+
+
+def _halves(gate_up: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    return gate.astype(jnp.float32), up.astype(jnp.float32)
+
+
+def _weighted(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return x if weights is None else x * weights[..., None]
+
+
+def _swiglu_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    gate_up, weights = saved
+    gate, up = _halves(gate_up)
+    grad, sigmoid = grad.astype(jnp.float32), jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_weights = None if weights is None else (grad * silu * up).sum(axis=-1)
+    grad = _weighted(grad, weights)
+    d_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    d_gate_up = jnp.concatenate([d_gate, grad * silu], axis=-1).astype(gate_up.dtype)
+    return d_gate_up, d_weights
+
+
+swiglu.defvjp(lambda gate_up, weights=None: (swiglu(gate_up, weights), (gate_up, weights)),
+              _swiglu_bwd)  # fmt: skip
 
 
 @jax.custom_vjp
-def _dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows of x in expert order, each token k times; its backward is a gather, never a scatter."""
-    return x_TD[order // (order.shape[0] // x_TD.shape[0])]
+def _copy_out(x_TD: jax.Array, order: Order) -> jax.Array:
+    """A copy of each token for each of its experts, in their order."""
+    return spread_rows(x_TD, order.slots)
 
 
-def _dispatch_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, None, None]:
-    inverse, tokens = saved
-    per_token = grad[inverse].reshape(tokens, -1, grad.shape[-1])
-    return per_token.sum(axis=1, dtype=jnp.float32).astype(grad.dtype), None, None
+@jax.custom_vjp
+def _add_up(rows: jax.Array, order: Order) -> jax.Array:
+    """The sum of each token's copies: the transpose of `_copy_out`."""
+    return combine_rows(rows, order.slots, None)
 
 
-_dispatch.defvjp(
-    lambda x, order, inverse: (_dispatch(x, order, inverse), (inverse, x.shape[0])), _dispatch_bwd
+_copy_out.defvjp(
+    lambda x, order: (_copy_out(x, order), order),
+    lambda order, grad: (_add_up(grad, order), None),
 )
-
-
-@jax.custom_vjp
-def _undo(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows back in token order."""
-    return rows[inverse]
-
-
-_undo.defvjp(
-    lambda rows, order, inverse: (_undo(rows, order, inverse), order),
-    lambda order, grad: (grad[order], None, None),
+_add_up.defvjp(
+    lambda rows, order: (_add_up(rows, order), order),
+    lambda order, grad: (_copy_out(grad, order), None),
 )
 
 
@@ -75,23 +105,27 @@ def local_experts(
     x_TD: Float[Array, "T d"],
     experts_TK: Int[Array, "T k"],
     weights_TK: Float[Array, "T k"],
-    gate_up: Float[Array, "e d 2f"],
-    down: Float[Array, "e f d"],
+    gate_up: Weight,
+    down: Weight,
 ) -> Float[Array, "T d"]:
-    """All experts on this device: sort by expert, two grouped matmuls, weighted sum."""
-    flat = experts_TK.reshape(-1)
+    """All experts on this device: sort by expert, two grouped matmuls, weighted sum.
+
+    The routing weights meet the experts' inner activations, a factor a row either side of the
+    second matmul, so that their gradient does not need its results.
+    """
+    if isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight):
+        return fp8_experts(x_TD, experts_TK, weights_TK, gate_up, down)
+    gate_up, down = plain(gate_up, x_TD.dtype), plain(down, x_TD.dtype)
     with jax.named_scope("dispatch"):
-        order = jnp.argsort(flat, stable=True)
-        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
-        sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
-        rows = _dispatch(x_TD, order, inverse)
+        order = kept(sort_by_expert(experts_TK, gate_up.shape[0]))
+        rows = _copy_out(x_TD, order)
+        weights = weights_TK.reshape(-1).at[order.choices].get(unique_indices=True)
     with jax.named_scope("routed_experts"):
-        hidden = swiglu(grouped_gemm(rows, gate_up.astype(x_TD.dtype), sizes))
-        results = grouped_gemm(hidden, down.astype(x_TD.dtype), sizes)
+        inner = kept(grouped_gemm(rows, gate_up, order.sizes))
+        hidden = swiglu(inner, weights)
+        results = grouped_gemm(hidden, down, order.sizes)
     with jax.named_scope("combine"):
-        per_choice = _undo(results, order, inverse).reshape(*experts_TK.shape, -1)
-        total = (per_choice.astype(jnp.float32) * weights_TK[..., None]).sum(axis=1)
-    return total.astype(x_TD.dtype)
+        return _add_up(results, order)
 
 
 class Mlp(nnx.Module):
@@ -102,8 +136,11 @@ class Mlp(nnx.Module):
         self.down = normal(rngs, (f, d), std, param_dtype)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        hidden = swiglu(project("...d,df->...f", x, self.gate_up[...]))
-        return project("...f,fd->...d", hidden, self.down[...])
+        gate_up, down = self.gate_up[...], self.down[...]
+        if isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight):
+            return fp8_mlp(x.reshape(-1, x.shape[-1]), gate_up, down).reshape(x.shape)
+        inner = kept(project("...d,df->...f", x, gate_up))
+        return project("...f,fd->...d", swiglu(inner), down)
 
 
 class RoutedExperts(nnx.Module):

@@ -2,21 +2,46 @@
 
 Norms, the router, softmax, rotary angles and the loss are always float32. Everything that is a
 matrix product goes through `project`, the one door at which a format is chosen.
+
+FP8 is DeepSeek-V3's recipe (report, section 3.3): all three products of every linear layer and
+expert in e4m3, inputs and gradients with a scale for 1 x 128, weights for 128 x 128, the input
+behind attention with powers of two for scales. V3 keeps that input in E5M6; ours stays e4m3.
+Weights are cast once a step, `fp8_values`, and meet their masters in `with_fp8`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from dsjax.model.float32 import exactness
+from pallas_kernels import fp8_gauge
+from pallas_kernels.fp8_layers import fp8_project
+from pallas_kernels.fp8_recipe import V3, Recipe
+from pallas_kernels.fp8_weight import Fp8Weight, quantize_weight
+
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, PyTree
 
     from dsjax.config import Precision
 
-COMPUTE_DTYPE = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+    Weight = Float[Array, "..."] | Fp8Weight
+
+COMPUTE_DTYPE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp8": jnp.bfloat16}
+
+STACKED = ("dense", "moe")
+"""Parts of a model whose parameters have a leading layer axis."""
+
+FP8_WIDTH = 16  # bytes: TMA's unit
+FP8_RANKS = {
+    "q": (3, 1), "q_down": (2, 1), "q_up": (3, 1), "kv_down": (2, 1), "kv_up": (3, 1),
+    "out": (3, 2), "gate_up": (2, 1), "down": (2, 1), "project": (2, 1),
+}  # fmt: skip
+"""Weights multiplied in FP8: axes of one of them, and how many of these are inputs. Layers and
+experts number them in front. All others (embedding, head, router, norms) stay as they are."""
 
 
 def compute_dtype(precision: Precision) -> jnp.dtype:
@@ -26,39 +51,102 @@ def compute_dtype(precision: Precision) -> jnp.dtype:
     return jnp.dtype(COMPUTE_DTYPE[precision])
 
 
-def exactness(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Full float32 products for float32: a GPU would take TF32 otherwise."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def _fp8_rank(path: tuple[Any, ...]) -> tuple[int, int] | None:
+    return FP8_RANKS.get(str(getattr(path[-1], "key", "")))
 
 
-def project(equation: str, x: Float[Array, ...], w: Float[Array, ...]) -> Float[Array, ...]:
-    """`einsum(equation, x, w)` with the weight brought to x's format, result in x's format."""
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=exactness(x.dtype))
+def fp8_values(params: PyTree[Array]) -> PyTree:
+    """e4m3 values and scales of the weights that are multiplied in FP8, None for the others.
+
+    params: a model's parameters as nested dicts. ValueError for a weight that is no multiple of 16
+    wide in and out.
+    """
+
+    def cast(path: tuple, master: jax.Array) -> tuple[jax.Array, ...] | None:
+        if not (rank := _fp8_rank(path)):
+            return None
+        groups = master.ndim - rank[0]
+        _check_widths(path, master.shape[groups:], rank[1])
+        return quantize_weight(master, groups, rank[1])
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
-@jax.custom_vjp
-def project_to_logits(
-    hidden: Float[Array, "... d"], head: Float[Array, "d p"]
-) -> Float[Array, "... p"]:
-    """Float32 logits from operands in hidden's format; the backward products stay in it too."""
-    return jnp.einsum(
-        "...d,dp->...p",
-        hidden,
-        head,
-        precision=exactness(hidden.dtype),
-        preferred_element_type=jnp.float32,
+def _check_widths(path: tuple, shape: tuple[int, ...], inputs: int) -> None:
+    widths = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+    if any(width % FP8_WIDTH for width in widths):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        raise ValueError(
+            f"{name} is {widths[0]} wide in and {widths[1]} out: precision fp8 takes multiples of "
+            f"{FP8_WIDTH}"
+        )
+
+
+def fp8_gauges(params: PyTree[Array]) -> PyTree:
+    """A gauge (see `pallas_kernels.fp8_gauge`) for every layer's FP8 weights, None for others."""
+
+    def make(path: tuple, master: jax.Array) -> jax.Array | None:
+        rank = _fp8_rank(path)
+        stacked = getattr(path[0], "key", "") in STACKED
+        return fp8_gauge.new_gauge(*master.shape[:stacked]) if rank else None
+
+    return jax.tree_util.tree_map_with_path(make, params)
+
+
+def with_fp8(params: PyTree[Array], gauges: PyTree, values: PyTree, recipe: Recipe = V3) -> PyTree:
+    """Parameters in which those that have FP8 values are `Fp8Weight`s."""
+
+    def join(master: jax.Array, gauge: jax.Array, cast: tuple | None) -> Weight:
+        return master if cast is None else Fp8Weight(master, gauge, *cast, recipe)
+
+    return jax.tree.map(join, params, gauges, values, is_leaf=lambda x: x is None)
+
+
+def plain(weight: Weight, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """A weight that has not been cast to FP8, in that format; ValueError for one that has."""
+    if isinstance(weight, Fp8Weight):
+        raise ValueError(
+            f"a weight {weight.master.shape} is FP8 and meets one that is not, or an equation that "
+            "FP8 products do not have"
+        )
+    return weight.astype(dtype)
+
+
+def project(
+    equation: str, x: Float[Array, ...], w: Weight, *, power_of_two: bool = False
+) -> Float[Array, ...]:
+    """`einsum(equation, x, w)` in x's format, or in FP8 where the weight has been cast to it.
+
+    power_of_two: of an FP8 product's input, so are its scales.
+    """
+    return project_all((equation,), x, (w,), power_of_two=power_of_two)[0]
+
+
+def project_all(
+    equations: tuple[str, ...],
+    x: Float[Array, ...],
+    weights: tuple[Weight, ...],
+    *,
+    power_of_two: bool = False,
+) -> tuple[Float[Array, ...], ...]:
+    """`project` of one x with several weights, for which it is cast once."""
+    cast = tuple(w for w in weights if isinstance(w, Fp8Weight))
+    if not cast:
+        return tuple(
+            jnp.einsum(equation, x, plain(w, x.dtype), precision=exactness(x.dtype))
+            for equation, w in zip(equations, weights, strict=True)
+        )
+    inputs = [_summed_axes(equation) for equation in equations]
+    kept = x.ndim - inputs[0]
+    rows = x.reshape(-1, math.prod(x.shape[kept:]))
+    found = fp8_project(rows, cast, power_of_two=power_of_two)
+    return tuple(
+        y.reshape(*x.shape[:kept], *w.master.shape[axes:])
+        for y, w, axes in zip(found, cast, inputs, strict=True)
     )
 
 
-def _logits_fwd(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple]:
-    return project_to_logits(hidden, head), (hidden, head)
-
-
-def _logits_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden, head = saved
-    grad, exact = grad.astype(hidden.dtype), exactness(hidden.dtype)
-    d_hidden = jnp.einsum("...p,dp->...d", grad, head, precision=exact)
-    return d_hidden, jnp.einsum("...d,...p->dp", hidden, grad, precision=exact)
-
-
-project_to_logits.defvjp(_logits_fwd, _logits_bwd)
+def _summed_axes(equation: str) -> int:
+    """How many letters of the weight, which begins with them, are summed over."""
+    operands, out = equation.split("->")
+    return len(set(operands.split(",")[1]) - set(out))

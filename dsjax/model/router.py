@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsjax.model.float32 import float32_product
 from dsjax.model.init import normal
 
 if TYPE_CHECKING:
@@ -44,12 +45,7 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def __call__(self, x_TD: Float[Array, "T d"]) -> Routing:
-        logits = jnp.einsum(
-            "td,de->te",
-            x_TD.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits = float32_product(x_TD, self.weight[...].astype(jnp.float32))
         softmax = self.config.gate == "softmax"
         scores = jax.nn.softmax(logits, axis=-1) if softmax else jax.nn.sigmoid(logits)
         experts = select_experts(scores, self.bias[...], self.config)
@@ -82,7 +78,7 @@ def gate_weights(
 ) -> Float[Array, "T k"]:
     """Affinities of the chosen experts, normalised if the model does so, times route_scale."""
     chosen = jax.nn.one_hot(experts_TK, config.experts, dtype=scores_TE.dtype)
-    weights = jnp.einsum("tke,te->tk", chosen, scores_TE, precision=jax.lax.Precision.HIGHEST)
+    weights = (chosen * scores_TE[:, None]).sum(axis=-1)
     if config.norm_topk:
         weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), SMALLEST_SUM)
     return weights * config.route_scale

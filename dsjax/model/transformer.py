@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.model.attention import plan_decode
-from dsjax.model.block import Block, LatentCache, rematerialise, stack_blocks
+from dsjax.model.block import Block, LatentCache, stack_blocks, walk_layers
+from dsjax.model.float32 import project_to_logits
 from dsjax.model.init import normal, ones
 from dsjax.model.mtp import Mtp
 from dsjax.model.norm import rms_norm
 from dsjax.model.placement import LOCAL, Placement
-from dsjax.model.precision import compute_dtype, project_to_logits
+from dsjax.model.precision import compute_dtype
 from dsjax.model.rope import rotation
 from dsjax.model.router import RouterStats
 
@@ -144,7 +145,7 @@ class Transformer(nnx.Module):
         kept, stats = [], None
         for blocks in (self.dense, self.moe):
             if blocks is not None:
-                x, (latents, stats) = jax.lax.scan(rematerialise(layer, remat), x, blocks)
+                x, (latents, stats) = walk_layers(layer, x, blocks, remat)
                 kept.append(latents)
         return x, kept, stats
 

@@ -10,19 +10,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsjax.model import LOCAL, Placement, local_attention, local_experts
+from dsjax.model.precision import STACKED
 from dsjax.parallel.mesh import AXES
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
-STACKED = ("dense", "moe")
-"""Parts of the model whose arrays begin with a layer axis, which a scan walks: never divided."""
 SMALL = 1024
 """Arrays of fewer elements are replicated: dividing them saves nothing."""
 
 
 def fsdp_spec(shape: tuple[int, ...], devices: int, stacked: bool) -> P:
-    """Divide the longest axis that divides evenly; replicate if there is none."""
+    """Divide the longest axis that divides evenly, never that of layers; else replicate."""
     size = 1
     for n in shape:
         size *= n

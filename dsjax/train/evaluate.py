@@ -15,8 +15,8 @@ import numpy as np
 from dsjax.data import Packed, eval_batches
 from dsjax.model import LOCAL, Placement
 from dsjax.train.balance import max_violation
-from dsjax.train.loss import negative_log_likelihood
-from dsjax.train.step import TrainState, model_of
+from dsjax.train.loss import cross_entropy
+from dsjax.train.step import TrainState, model_of, weights_in_format
 
 if TYPE_CHECKING:
     from dsjax.config import Run
@@ -48,9 +48,9 @@ def build_evaluate(
 
     @jax.jit
     def score(state: TrainState, sequences: jax.Array, mask: jax.Array):
-        model = model_of(run, state.params, state.bias)
+        model = model_of(run, weights_in_format(run, state.params), state.bias)
         hidden, stats = model.hidden(sequences[:, :-1], placement)
-        nats = negative_log_likelihood(model, hidden, sequences[:, 1:])
+        _, nats = cross_entropy(model, hidden, sequences[:, 1:])
         load = jnp.zeros((0, 1), jnp.int32) if stats is None else stats.load_E
         return jnp.where(mask > 0, nats, 0.0).sum(), load
 

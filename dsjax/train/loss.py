@@ -1,7 +1,7 @@
 """The training loss: next token, MTP (V3 equations 24 and 25) and the auxiliary losses.
 
-The logits of a whole batch never exist at once: the head runs over slices of time, and the
-backward pass computes each slice again.
+The logits of a whole batch never exist at once: `linear_cross_entropy` runs the head over slices
+of time, and makes both gradients of a slice while its logits are there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.model import LOCAL, Placement, RouterStats, Transformer
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
     from dsjax.config import Balance, Remat
-
-LOGITS_AT_ONCE = 2**29
 
 
 class Losses(NamedTuple):
@@ -31,29 +30,18 @@ class Losses(NamedTuple):
     load_LE: Int[Array, "l e"]
 
 
-def negative_log_likelihood(
-    model: Transformer, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Nats of each target, from normed hidden states, in slices of time."""
-    b, t = targets.shape
-    fitting = max(LOGITS_AT_ONCE // (b * model.config.vocab_size), 1)
-    slices = next(n for n in range(-(-t // fitting), t + 1) if t % n == 0)
-    if slices == 1:
-        return _nats(model.logits(hidden), targets)
+@jax.named_scope("head")
+def cross_entropy(
+    model: Transformer,
+    hidden: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "b t"]]:
+    """The weighted sum of nats and, without a gradient, each target's, from normed hidden states.
 
-    def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _nats(model.logits(piece[0]), piece[1])
-
-    pieces = (
-        hidden.reshape(b, slices, t // slices, -1).swapaxes(0, 1),
-        targets.reshape(b, slices, -1).swapaxes(0, 1),
-    )
-    return jax.lax.map(jax.checkpoint(one), pieces).swapaxes(0, 1).reshape(b, t)
-
-
-def _nats(logits: Float[Array, "b t p"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    ValueError where shapes do not fit.
+    """
+    return linear_cross_entropy(hidden, model.head[...], targets, weights)
 
 
 def losses(
@@ -65,7 +53,7 @@ def losses(
     """All parts of the loss on sequences of one token more than the model reads."""
     tokens, targets = sequences[:, :-1], sequences[:, 1:]
     hidden, stats = model.hidden(tokens, placement, remat)
-    main = negative_log_likelihood(model, hidden, targets).mean()
+    main, _ = cross_entropy(model, hidden, targets, jnp.full(targets.shape, 1 / targets.size))
     mtp, further_stats = _mtp_loss(model, hidden, sequences, placement)
     parts = [part for part in (stats, further_stats) if part is not None]
     if not parts:
@@ -89,9 +77,9 @@ def _mtp_loss(
     states, stats = model.predict_further(hidden, shifted[:-1], placement)
     total = jnp.zeros(())
     for i, (state, targets) in enumerate(zip(states, shifted[1:], strict=True), start=1):
-        nats = negative_log_likelihood(model, state, targets)
-        known = jnp.arange(t) < t - i
-        total += jnp.where(known, nats, 0.0).sum() / (nats.shape[0] * (t - i))
+        known = (jnp.arange(t) < t - i) / (len(targets) * (t - i))
+        weights = jnp.broadcast_to(known, targets.shape).astype(jnp.float32)
+        total += cross_entropy(model, state, targets, weights)[0]
     return total / depth, stats
 
 

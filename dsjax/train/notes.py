@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsjax.config import Balance, Data, Mesh, Model, Mtp, Optimizer, Run, Train, Yarn
+from dsjax.config import Balance, Data, Fp8, Mesh, Model, Mtp, Optimizer, Run, Train, Yarn
 
 SECTIONS = {
     "model": Model, "data": Data, "train": Train, "optimizer": Optimizer,
-    "balance": Balance, "mtp": Mtp, "mesh": Mesh,
+    "balance": Balance, "mtp": Mtp, "mesh": Mesh, "fp8": Fp8,
 }  # fmt: skip
+LATER = ("fp8",)
+"""Sections that older checkpoints lack: they have their defaults."""
 
 FREE_TO_CHANGE = (
     "name", "mesh", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches",
@@ -29,6 +31,7 @@ def as_notes(run: Run) -> dict[str, Any]:
 def from_notes(notes: dict[str, Any]) -> Run:
     """The configuration that `as_notes` wrote; ValueError if it is not one."""
     try:
+        notes = {name: {} for name in LATER} | notes
         parts = {name: dict(notes[name]) for name in SECTIONS}
         if parts["model"]["yarn"]:
             parts["model"]["yarn"] = Yarn(**parts["model"]["yarn"])

@@ -11,10 +11,13 @@ import optax
 from flax import nnx
 
 from dsjax.model import LOCAL, Placement, RouterBias, Transformer
+from dsjax.model.precision import fp8_gauges, fp8_values, with_fp8
 from dsjax.train.balance import max_violation, updated_bias
 from dsjax.train.loss import Losses, losses, objective
 from dsjax.train.optimizer import build_optimizer
 from dsjax.train.schedule import bias_speed, learning_rate, mtp_weight
+from pallas_kernels.fp8_gauge import GAUGES
+from pallas_kernels.fp8_recipe import Recipe
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -55,6 +58,17 @@ def model_of(run: Run, params: PyTree, bias: PyTree) -> Transformer:
     return nnx.merge(graph, param_state, bias_state)
 
 
+def weights_in_format(run: Run, params: PyTree) -> PyTree:
+    """Parameters as the run multiplies with them, for `model_of`: in FP8 cast here and now."""
+    if run.precision != "fp8":
+        return params
+    return with_fp8(params, fp8_gauges(params), fp8_values(params), fp8_recipe(run))
+
+
+def fp8_recipe(run: Run) -> Recipe:
+    return Recipe(run.fp8.sum_bits, run.fp8.gradient_blocks)
+
+
 def build_step(
     run: Run, placement: Placement = LOCAL
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -66,7 +80,12 @@ def build_step(
     optimizer = build_optimizer(run.optimizer, run.train.steps)
     rate = learning_rate(run.optimizer, run.train.steps)
 
-    def loss(params: PyTree, bias: PyTree, sequences: jax.Array, weight: jax.Array):
+    fp8 = run.precision == "fp8"
+
+    def loss(params: PyTree, gauges: PyTree, cast: PyTree, bias: PyTree, sequences: jax.Array,
+             weight: jax.Array):  # fmt: skip
+        if fp8:
+            params = with_fp8(params, gauges, cast, fp8_recipe(run))
         model = model_of(run, params, bias)
         for shared in (model.embed, model.head):
             shared[...] = placement.gather(shared[...])
@@ -76,13 +95,18 @@ def build_step(
     def gradients(state: TrainState, micro_batches: jax.Array, count: jax.Array):
         weight = mtp_weight(run.mtp, state.step, run.train.steps)
 
-        def differentiate(sequences: jax.Array) -> tuple[PyTree, Losses]:
-            return jax.grad(loss, has_aux=True)(state.params, state.bias, sequences, weight)
+        params = state.params
+        # Once for all micro-batches; the weights' gradients go past their FP8 values.
+        gauges, cast = (fp8_gauges(params), fp8_values(params)) if fp8 else ({}, {})
+
+        def differentiate(sequences: jax.Array) -> tuple[tuple[PyTree, PyTree], Losses]:
+            gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+            return gradient(params, gauges, cast, state.bias, sequences, weight)
 
         if micro_batches.shape[0] == 1:
             return differentiate(micro_batches[0])
 
-        def accumulate(i: jax.Array, total: tuple[PyTree, Losses]) -> tuple[PyTree, Losses]:
+        def accumulate(i: jax.Array, total: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, total, differentiate(micro_batches[i]))
 
         shapes = jax.eval_shape(differentiate, micro_batches[0])
@@ -92,7 +116,7 @@ def build_step(
         return mean[0], mean[1]._replace(load_LE=parts.load_LE)
 
     def step(state: TrainState, micro_batches: jax.Array, count: jax.Array):
-        grads, parts = gradients(state, micro_batches, count)
+        (grads, gauges), parts = gradients(state, micro_batches, count)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         speed = bias_speed(run.balance, state.step, run.train.steps)
@@ -108,9 +132,24 @@ def build_step(
             "max_vio": violation.mean() if violation.size else jnp.zeros(()),
             "max_vio_layers": violation,
         }
+        if fp8:
+            metrics |= _losses_of_fp8(gauges)
         return TrainState(state.step + 1, params, bias, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _losses_of_fp8(gauges: PyTree) -> dict[str, jax.Array]:
+    """Means over all weights of the shares of zeros, and the tiles that overflowed in all."""
+    counts = jnp.concatenate([leaf.reshape(-1, GAUGES) for leaf in jax.tree.leaves(gauges)])
+    inputs, gradients, overflow = counts.T
+    return {
+        "fp8_zero_inputs": inputs.mean(),
+        "fp8_zero_inputs_most": inputs.max(),
+        "fp8_zero_gradients": gradients.mean(),
+        "fp8_zero_gradients_most": gradients.max(),
+        "fp8_overflowed_tiles": overflow.sum(),
+    }
 
 
 def _move_bias(bias: PyTree, load_LE: Int[Array, "l e"], speed: jax.Array) -> PyTree:

@@ -7,9 +7,9 @@ import jax
 import pytest
 from flax import nnx
 
+from dsjax.commands.recipes import load_recipe
 from dsjax.config import Model
 from dsjax.model.sizes import measure, training_work
-from run import load_recipe
 from tests.tiny import CONFIG, random_transformer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,6 +1,5 @@
-"""The loss in slices, the alignment of MTP, and what passes gradients."""
+"""The alignment of MTP, the weights of the parts, and what passes gradients."""
 
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -11,57 +10,11 @@ from flax import nnx
 
 from dsjax.config import Balance
 from dsjax.model import RouterBias, Transformer
-from dsjax.train import loss
-from dsjax.train.loss import Losses, losses, negative_log_likelihood, objective
+from dsjax.train.loss import Losses, losses, objective
 from dsjax.train.step import initial_state, model_of
 from tests.train.conftest import draw_state
 
-D, P, B, T = 6, 11, 2, 12
-
-
-def head_model(head: jax.Array) -> SimpleNamespace:
-    return SimpleNamespace(
-        logits=lambda hidden: hidden @ head, config=SimpleNamespace(vocab_size=P)
-    )
-
-
-@pytest.mark.parametrize("at_once", [1, B * P * 5, B * P * 6])
-def test_loss_in_slices_equals_loss_in_one_piece(monkeypatch, at_once):
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (B, T, D))
-    head = jax.random.normal(keys[1], (D, P))
-    targets = jax.random.randint(keys[2], (B, T), 0, P)
-    weights = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T)
-
-    def total(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nats = negative_log_likelihood(head_model(head), hidden, targets)
-        return (weights * nats).sum(), nats
-
-    both = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    whole = both(total)(hidden, head)
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
-    assert "scan" in str(jax.make_jaxpr(total)(hidden, head))
-    for left, right in zip(
-        jax.tree.leaves(both(total)(hidden, head)), jax.tree.leaves(whole), strict=True
-    ):
-        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
-
-
-def test_loss_of_a_batch_that_fits_is_not_sliced():
-    hidden, targets = jnp.ones((B, T, D)), jnp.zeros((B, T), jnp.int32)
-    model = head_model(jnp.ones((D, P)))
-    program = jax.make_jaxpr(lambda h: negative_log_likelihood(model, h, targets))(hidden)
-    assert "scan" not in str(program)
-
-
-def test_nats_are_minus_the_log_probability_of_the_target():
-    hidden = jax.random.normal(jax.random.key(0), (B, T, D))
-    targets = jax.random.randint(jax.random.key(1), (B, T), 0, P)
-    head = jax.random.normal(jax.random.key(2), (D, P))
-    expected = -np.log(np.asarray(jax.nn.softmax(hidden @ head)))
-    expected = np.take_along_axis(expected, np.asarray(targets)[..., None], -1)[..., 0]
-    nats = negative_log_likelihood(head_model(head), hidden, targets)
-    np.testing.assert_allclose(nats, expected, rtol=1e-5)
+P, B, T = 11, 2, 12
 
 
 class Oracle:
@@ -72,6 +25,7 @@ class Oracle:
 
     def __init__(self, depth: int):
         self.config = SimpleNamespace(mtp_depth=depth, vocab_size=P)
+        self.head = 50.0 * jnp.eye(P)
         self.seen: list[np.ndarray] = []
 
     def hidden(self, tokens, placement, remat):
@@ -80,9 +34,6 @@ class Oracle:
     def predict_further(self, hidden, following, placement):
         self.seen = [np.asarray(tokens) for tokens in following]
         return [jax.nn.one_hot((tokens + 1) % P, P) for tokens in following], None
-
-    def logits(self, hidden):
-        return 50.0 * hidden
 
 
 def counting(extra: int = 0) -> jax.Array:
