@@ -2,9 +2,11 @@
 
 import errno
 import functools
+import importlib
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 import run
 from dsjax.checkpoint import CheckpointStore, saving
+from dsjax.commands import COMMANDS, FAILED, folders
 from dsjax.data import JsonTokenizer, read_corpus, train_bpe
 from dsjax.hf import from_pretrained
 from dsjax.hf.folder import Folder
@@ -117,7 +120,14 @@ def test_unknown_command_prints_the_usage(refused):
 
 def test_help_is_no_error(capfd):
     assert run.main(["--help"]) == 0
-    assert "usage: run.py" in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert "usage: run.py" in text
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_file(name):
+    assert callable(importlib.import_module(f"dsjax.commands.{name}").run)
 
 
 def test_unknown_config_key_is_named(refused, recipe):
@@ -283,6 +293,17 @@ def test_convert_of_a_damaged_config(refused, tmp_path):
     assert "config.json" in refused("convert", folder, tmp_path / "out")
 
 
+def test_profile_of_no_steps(refused, recipe, tmp_path):
+    assert "steps is 0" in refused("profile", recipe, "--steps", 0, "--out", tmp_path / "out")
+    assert "top is 0" in refused("profile", recipe, "--top", 0, "--out", tmp_path / "out")
+
+
+def test_profile_of_nothing(refused, recipe, tmp_path):
+    assert "there is no recipe" in refused("profile", tmp_path / "nothing.py")
+    (tmp_path / "file").touch()
+    assert "file" in refused("profile", recipe, "--out", tmp_path / "file" / "out")
+
+
 def test_info_of_nothing(refused, tmp_path):
     assert "there is no recipe" in refused("info", tmp_path / "nothing.py")
 
@@ -334,6 +355,32 @@ def test_train_reports_and_prints_a_sample(works, recipe, tmp_path):
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
+def test_profile_prints_and_writes_where_a_step_goes(works, recipe, tmp_path):
+    text = works("profile", recipe, "--steps", 1, "--top", 3, "--out", tmp_path / "out")
+    for words in ("tokens/s", "memory of one device", "moments", "where a traced step goes",
+                  "experts, grouped matmul", "the 3 longest operations"):  # fmt: skip
+        assert words in text
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert (found["steps"], found["tokens"]) == (1, 8 * 32)
+    assert (tmp_path / "out" / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_ends_after_the_step_in_which_ctrl_c_came(recipe, tmp_path, monkeypatch, capfd):
+    step = runtime.Runtime.compile_step
+
+    def compile_step(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(runtime.Runtime, "compile_step", compile_step)
+    status = run.main(["profile", recipe, "--steps", "2", "--out", str(tmp_path / "out")])
+    assert status == FAILED
+    out, err = capfd.readouterr()
+    assert err.strip() == "interrupted"
+    assert "timing" not in out
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_generate_continues_the_prompt_the_same_way_each_time(works, trained):
     arguments = ("generate", "--model", trained, "--prompt", "to be", "--max-new-tokens", 8)
     first = works(*arguments)
@@ -368,14 +415,47 @@ def test_compare_draws_both_recipes(works, words, tmp_path, recipe):
         assert f" {name} " in text
 
 
+FITTING = [
+    "--model.kv-lora-rank", "32", "--model.qk-nope-dim", "16", "--model.qk-rope-dim", "16",
+    "--model.v-dim", "16",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_precision_compares_variants_and_trains_none_twice(works, recipe, tmp_path):
+    out = tmp_path / "study"
+    command = ["precision", recipe, "--out", out, *FITTING, "--train.steps", 4]
+    text = works(*command, "--variants", "bf16", "fp8")
+    assert "variant fp8 in" in text
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["runs"]}
+    assert list(rows) == ["bf16", "fp8"]
+    assert 0 < rows["fp8"]["most"] < 0.05
+    again = works(*command, "--variants", "bf16", "fp8")
+    assert "variant bf16 is done" in again
+    assert "variant fp8 is done" in again
+
+
+def test_precision_refuses_an_unknown_variant(recipe, capfd):
+    with pytest.raises(SystemExit):
+        run.main(["precision", recipe, "--variants", "fp4"])
+    assert "fp4" in capfd.readouterr().err
+
+
+def test_fp8_needs_widths_that_fit(refused, recipe, tmp_path):
+    text = refused("train", recipe, "--out", tmp_path / "run", "--precision", "fp8")
+    assert "kv_down is 32 wide in and 20 out" in text
+    assert "multiples of 16" in text
+
+
 def test_default_folder_is_the_next_free_one_or_the_last_to_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "RUNS", tmp_path)
-    assert run.default_folder("tiny", resume=False) == tmp_path / "tiny"
-    assert run.default_folder("tiny", resume=True) == tmp_path / "tiny"
+    monkeypatch.setattr(folders, "RUNS", tmp_path)
+    assert folders.default_folder("tiny", resume=False) == tmp_path / "tiny"
+    assert folders.default_folder("tiny", resume=True) == tmp_path / "tiny"
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny-2").mkdir()
-    assert run.default_folder("tiny", resume=False) == tmp_path / "tiny-3"
-    assert run.default_folder("tiny", resume=True) == tmp_path / "tiny-2"
+    assert folders.default_folder("tiny", resume=False) == tmp_path / "tiny-3"
+    assert folders.default_folder("tiny", resume=True) == tmp_path / "tiny-2"
 
 
 def test_convert_to_fp8_loads(works, tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dsjax.commands.compare import CompareCommand
+from dsjax.commands.recipes import load_recipe
 from dsjax.config import Balance, Data, Mesh, Model, Mtp, Optimizer, Run, Train, Yarn
-from run import CompareCommand, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

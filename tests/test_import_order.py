@@ -10,6 +10,7 @@ import pytest
 HOME = Path(__file__).parents[1]
 ROOMS = [
     {"run"},
+    {"dsjax.commands"},
     {"configs"},
     {"dsjax.rl"},
     {"dsjax.infer"},
@@ -173,6 +174,8 @@ def test_top_level_holds_no_other_code():
         ("dsjax.bench.gemm", "from dsjax.model import Transformer"),
         ("dsjax.train.loop", "from dsjax import generate"),
         ("dsjax.train.loop", "import dsjax"),
+        ("dsjax.infer.generate", "from dsjax.commands.terminal import say"),
+        ("dsjax.commands.train", "import run"),
         ("dsjax.data.stream", "import run"),
         ("dsjax.hf.load", "import configs.tiny"),
         ("configs.tiny", "from dsjax.model import Transformer"),
@@ -205,7 +208,8 @@ def test_planted_import_is_found(module, source):
         ("dsjax.bench.gemm", "from pallas_kernels.fp8_gemm import fp8_gemm"),
         ("configs.tiny", "from dataclasses import replace\nfrom dsjax.config import Run"),
         ("configs.tiny_twin", "from configs.tiny import recipe"),
-        ("run", "from dsjax.infer import generate"),
+        ("run", "from dsjax.commands import COMMANDS"),
+        ("dsjax.commands.train", "def f():\n    from dsjax.infer import generate"),
         ("dsjax", "import importlib\nfrom dsjax.train import train"),
         ("dsjax.config", "import dsjax.shapes"),
     ],

@@ -1,22 +1,50 @@
 """What cards can do at most, for model FLOPs utilisation."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
 import jax
 
-BF16_PEAK = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H800": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA L4": 121e12,
+if TYPE_CHECKING:
+    from dsjax.model.sizes import Work
+
+
+class Peak(NamedTuple):
+    """Dense FLOP/s of one card by its maker's data sheet; fp8 is None where it has none."""
+
+    bf16: float
+    fp8: float | None
+
+
+PEAKS = {
+    "NVIDIA H200": Peak(989e12, 1979e12),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 1979e12),
+    "NVIDIA H800": Peak(989e12, 1979e12),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, None),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, None),
+    "NVIDIA L4": Peak(121e12, 242e12),
 }
-"""Dense bf16 FLOP/s by the makers' data sheets, by `device_kind`."""
+"""By `device_kind`."""
 
 
-def bf16_peak() -> float | None:
-    """Peak of all devices together, None where it is not known."""
-    peak = BF16_PEAK.get(jax.devices()[0].device_kind)
-    return peak * jax.device_count() if peak else None
+def device_peak() -> Peak | None:
+    """Of one device, None where it is not known."""
+    return PEAKS.get(jax.devices()[0].device_kind)
+
+
+def utilisation(tokens_per_second: float, work: Work) -> dict[str, float]:
+    """Model FLOP/s of all devices (causal), and the shares of their bf16 peak where it is known.
+
+    `mfu` counts attention to all keys, as DeepSeek does, `mfu_causal` to those a token sees.
+    Nothing that is computed again counts, and FP8 is held against the bf16 peak too.
+    """
+    figures = {"model_flops_per_second": tokens_per_second * work.causal}
+    if peak := device_peak():
+        most = peak.bf16 * jax.device_count()
+        figures["mfu"] = tokens_per_second * work.full / most
+        figures["mfu_causal"] = tokens_per_second * work.causal / most
+    return figures
 
 
 def peak_memory_bytes() -> int | None:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dsjax.train.metrics import JSONL, read_lines
+from dsjax.train.smooth import smooth
 
 BITS = 1 / np.log(2)
 
@@ -34,14 +35,6 @@ def _save(figure: plt.Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Running mean over the last `width` values, of fewer at the start."""
-    total = np.cumsum(np.insert(values, 0, 0.0))
-    index = np.arange(1, len(values) + 1)
-    first = np.maximum(index - width, 0)
-    return (total[index] - total[first]) / (index - first)
 
 
 def _loss(folder: Path, steps: list[dict], evals: list[dict]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Runtime:
         self.run, self.corpus = run, corpus
         self.mesh = build_mesh(run.mesh)
         self._check_batch()
+        self._check_precision()
         placement = placement_on(self.mesh)
         self.abstract = self._with_shardings(jax.eval_shape(lambda: initial_state(run)))
         self._step = build_step(run, placement)
@@ -66,6 +67,17 @@ class Runtime:
 
     def step(self, state: TrainState, batch: np.ndarray) -> tuple[TrainState, dict[str, Any]]:
         """One step on this host's sequences [b, t + 1]; returns at once, with device arrays."""
+        return self._step(state, *self.put(batch))
+
+    def compile_step(self, batch: np.ndarray) -> jax.stages.Compiled:
+        """The step for batches like this one, compiled: takes a state, which it uses up, and
+        what `put` returns.
+        """
+        step = cast(jax.stages.Wrapped, self._step)
+        return step.lower(self.abstract, *self.put(batch)).compile()
+
+    def put(self, batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """This host's sequences [b, t + 1] in micro-batches on the devices, and how many count."""
         train = self.run.train
         micro = train.batch // train.micro_batches // jax.process_count()
         parts = batch.reshape(-1, micro, batch.shape[-1])
@@ -75,7 +87,7 @@ class Runtime:
         spec = jax.sharding.PartitionSpec(None, *sequences.spec)
         sharding = jax.sharding.NamedSharding(self.mesh, spec)
         array = jax.make_array_from_process_local_data(sharding, padded)
-        return self._step(state, array, jnp.int32(len(parts)))
+        return array, jnp.int32(len(parts))
 
     def _put_sequences(self, rows: np.ndarray) -> jax.Array:
         hosts, host = jax.process_count(), jax.process_index()
@@ -89,6 +101,13 @@ class Runtime:
             raise ValueError(
                 f"a micro-batch of {micro} sequences (batch={self.run.train.batch}, micro_batches="
                 f"{self.run.train.micro_batches}) does not divide over {self.mesh.size} devices"
+            )
+
+    def _check_precision(self) -> None:
+        if self.run.precision == "fp8" and self.mesh.size > 1:
+            raise ValueError(
+                f"precision is fp8 on {self.mesh.size} devices: FP8 trains on one so far; use "
+                "bf16, or make one device visible"
             )
 
     def _with_shardings(self, abstract: TrainState) -> TrainState:
