@@ -12,12 +12,16 @@ import jax
 from dsjax.checkpoint import folders, hosts, notes
 from dsjax.checkpoint.arrays import ArrayWriter
 from dsjax.checkpoint.manifest import write_durably, write_manifest
+from dsjax.checkpoint.snapshot import Snapshot
 
 log = logging.getLogger("dsjax.checkpoint")
 
 
 class Save:
-    """Arrays are copied out by `start`; a thread writes, seals and commits them and prunes."""
+    """Arrays are copied by `start`; a thread writes, seals and commits them and prunes.
+
+    The copy is on the host, or on the devices for the thread to fetch.
+    """
 
     def __init__(
         self, writer: ArrayWriter, folder: Path, step: int, content: bytes, keep: int
@@ -29,15 +33,22 @@ class Save:
         self._content = content
         self._keep = keep
         self._partial = folders.partial(folder, step, hosts.share(secrets.randbits(31)))
+        self._snapshot: Snapshot | None = None
         self._lock: int | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="dsjax-checkpoint")
 
-    def start(self, arrays: Mapping[str, jax.Array]) -> None:
-        """Copy the arrays to the host; raises what Orbax or the disk raises, leaving nothing."""
+    def start(self, arrays: Mapping[str, jax.Array], *, on_devices: bool = False) -> None:
+        """Copy the arrays to the host, or `on_devices` if those have the room.
+
+        Raises what Orbax or the disk raises, leaving nothing.
+        """
         try:
             self._make_folder()
-            self._writer.start(self._partial / "state", dict(arrays))
+            if on_devices:
+                self._snapshot = self._copy_on_devices(arrays)
+            if self._snapshot is None:
+                self._writer.start(self._partial / "state", arrays)
             self._thread.start()
         except BaseException:
             self._drop()
@@ -59,8 +70,17 @@ class Save:
         if hosts.any_true(error is not None):
             raise error or OSError("the first process could not make the folder")
 
+    def _copy_on_devices(self, arrays: Mapping[str, jax.Array]) -> Snapshot | None:
+        try:
+            return Snapshot(arrays)
+        except jax.errors.JaxRuntimeError as error:
+            log.warning("step %d is copied to the host at once: %s", self.step, error)
+            return None
+
     def _run(self) -> None:
         try:
+            if self._snapshot is not None:
+                self._writer.start_from_host(self._partial / "state", self._snapshot.fetch())
             self._writer.wait()
             if hosts.is_first():
                 self._commit()

@@ -4,7 +4,9 @@
                       meta.json      the caller's notes and the table of leaves
                       manifest.json  size and SHA-256 of every file
 
-A step appears under its name only when it is whole and flushed to disk.
+A step appears under its name only when it is whole and flushed to disk. Where the devices have
+room for a copy of the state, a save takes no longer than that copy; else it takes as long as the
+copy to the host.
 """
 
 import logging
@@ -21,6 +23,7 @@ from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.leaves import PyTree
 from dsjax.checkpoint.manifest import verify_manifest
 from dsjax.checkpoint.saving import Save
+from dsjax.checkpoint.snapshot import has_room
 
 log = logging.getLogger("dsjax.checkpoint")
 
@@ -54,9 +57,13 @@ class CheckpointStore:
             folders.remove_leftovers(self.folder)
         self._writer: ArrayWriter | None = ArrayWriter()
         self._saving: Save | None = None
+        self._on_devices: bool | None = None
 
     def save(self, step: int, state: PyTree, meta: dict) -> None:
-        """Copy the state out, then write it in the background; an equal, good step is kept.
+        """Copy the state, then write it in the background; an equal, good step is kept.
+
+        The arrays may be given up (donated) as soon as this returns. It waits for the save
+        before.
 
         Raises ValueError for what cannot be stored, and CheckpointError if this save cannot
         start or the one before it failed.
@@ -73,15 +80,16 @@ class CheckpointStore:
             return
         saving = Save(self._writer, self.folder, step, content, self.keep)
         try:
-            saving.start(arrays)
+            saving.start(arrays, on_devices=self._have_room(arrays))
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = saving
 
     def wait(self) -> None:
         """Return once the save in flight is committed; raises CheckpointError if it failed."""
-        saving, self._saving = self._saving, None
+        saving = self._saving
         error = saving.join() if saving else None
+        self._saving = None
         if saving and hosts.any_true(error is not None):
             raise self._failed(saving.step, error) from error
 
@@ -132,6 +140,19 @@ class CheckpointStore:
             # An error on its way out matters more; this one has been logged.
             if kind is None:
                 raise
+
+    def _have_room(self, arrays: dict[str, jax.Array]) -> bool:
+        """Whether to copy on the devices: decided once, as then their peak includes the copy.
+
+        Several processes copy to the host, as Orbax needs their main threads.
+        """
+        if self._on_devices is None:
+            self._on_devices = hosts.is_alone() and has_room(arrays)
+            if hosts.is_alone() and not self._on_devices:
+                size = sum(array.nbytes for array in arrays.values()) / 2**30
+                log.warning("saving waits until %.1f GiB are on the host: the devices have "
+                            "no room for a copy", size)  # fmt: skip
+        return self._on_devices
 
     def _find(self, step: int | None) -> tuple[int, dict[int, list[str]]]:
         """The step to read, and the damaged ones passed over."""

@@ -19,8 +19,8 @@ from dsjax.model.sizes import training_work
 from dsjax.train.console import TrainProgress
 from dsjax.train.evaluate import Evaluation
 from dsjax.train.metrics import Diverged, MetricsLog, Pending
-from dsjax.train.notes import as_notes, differences
-from dsjax.train.peak import bf16_peak, peak_memory_bytes
+from dsjax.train.notes import as_notes, differences, from_notes
+from dsjax.train.peak import peak_memory_bytes, utilisation
 from dsjax.train.plots import draw
 from dsjax.train.runtime import Corpus, Runtime, load_corpus
 from dsjax.train.step import TrainState
@@ -83,7 +83,6 @@ class _Session:
         self.metrics = MetricsLog(out, self.start)
         self.pending = Pending()
         self.work = training_work(self.run.model, self.run.data.seq_len)
-        self.peak = bf16_peak()
         self.saved = self.start
 
     def run_to_end(self) -> Outcome:
@@ -93,6 +92,7 @@ class _Session:
                 for step in self._steps():  # noqa: B007
                     if self.stop.requested:
                         break
+                self._say_goodput()
                 self._save(step)
                 if step == self.run.train.steps:
                     evaluation = self._evaluate(step, None)
@@ -126,11 +126,7 @@ class _Session:
     def _report(self, behind: int | None = None) -> None:
         ready = self.pending.ready() if behind is None else self.pending.ready(behind)
         for step, values in ready:
-            rate = values["tokens_per_second"]
-            values["model_flops_per_second"] = rate * self.work.causal
-            if self.peak:
-                values["mfu"] = rate * self.work.full / self.peak
-                values["mfu_causal"] = rate * self.work.causal / self.peak
+            values |= utilisation(values["tokens_per_second"], self.work)
             if memory := peak_memory_bytes():
                 values["peak_memory_gib"] = memory / 2**30
             self.metrics.write("train", step, values)
@@ -138,23 +134,32 @@ class _Session:
 
     def _evaluate(self, step: int, batches: int | None) -> Evaluation:
         self._report(behind=0)
-        result = self.runtime.evaluate(self.state, batches)
-        values = {**vars(result), "max_vio_global": result.max_vio_global}
-        self.metrics.write("eval", step, values)
-        self.progress.say(
-            f"step {step}: held out {result.bits_per_byte:.3f} bits per byte, "
-            f"MaxVio_global {result.max_vio_global:.2f}"
-        )
-        self.pending.restart_clock()
+        with self.pending.apart("eval"):
+            result = self.runtime.evaluate(self.state, batches)
+            values = {**vars(result), "max_vio_global": result.max_vio_global}
+            self.metrics.write("eval", step, values)
+            self.progress.say(
+                f"step {step}: held out {result.bits_per_byte:.3f} bits per byte, "
+                f"MaxVio_global {result.max_vio_global:.2f}"
+            )
         return result
 
     def _save(self, step: int) -> None:
         """Start writing a checkpoint of a state all of whose steps are known to be finite."""
         self._report(behind=0)
-        if step > self.saved:
-            self.store.save(step, self.state._asdict(), self._notes(step))
-            self.saved = step
-        self.pending.restart_clock()
+        with self.pending.apart("save"):
+            if step > self.saved:
+                self.store.save(step, self.state._asdict(), self._notes(step))
+                self.saved = step
+
+    def _say_goodput(self) -> None:
+        """Of the steps: the save after the last of them holds none up."""
+        self._report(behind=0)
+        if rate := self.pending.goodput.tokens_per_second:
+            self.progress.say(
+                f"{rate:,.0f} tokens/s over the whole run, saving included and evaluation not; "
+                f"goodput {self.pending.goodput.share:.2%}"
+            )
 
     def _notes(self, step: int) -> dict[str, Any]:
         return {
@@ -168,7 +173,8 @@ class _Session:
         if not self.store.steps():
             return self.runtime.initial(), 0
         _, notes = self.store.read_meta()
-        if changed := differences(notes["run"], as_notes(self.run)):
+        before = as_notes(from_notes(notes["run"]))
+        if changed := differences(before, as_notes(self.run)):
             raise ValueError(
                 f"{self.out} was started with other settings ({'; '.join(changed)}): resume it "
                 "with its own, or choose another --out"

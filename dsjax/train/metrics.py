@@ -10,12 +10,12 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 
 STEPS_BEHIND = 2
@@ -69,6 +69,43 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
+class Goodput:
+    """How much of a process's time went into steps, counted from the end of its first one.
+
+    That leaves compilation out. Of the seconds from there to the last step, `eval_seconds` went
+    into evaluations; the rest is the time of training. In `save_seconds` of that the loop was
+    held up by saving: all steps were done and the devices idle while it waited for the save
+    before, for the state to be copied and for its writing to start.
+
+        goodput = 1 - save_seconds / time of training
+
+    What a save in the background slows down is in `tokens_per_second`, over all of the time of
+    training, but not in `goodput`.
+    """
+
+    def __init__(self) -> None:
+        self.share = 1.0
+        self.tokens_per_second: float | None = None
+        """Of all steps but the first, None before there is one."""
+        self._begin: float | None = None
+        self._tokens = 0
+        self._spent = {"save": 0.0, "eval": 0.0}
+
+    def spend(self, what: Literal["save", "eval"], seconds: float) -> None:
+        self._spent[what] += seconds
+
+    def step_done(self, now: float, tokens: int) -> dict[str, float]:
+        """Take in a step that is done at `now` (seconds); returns what its record is to say."""
+        if self._begin is None:
+            self._begin = now
+        else:
+            self._tokens += tokens
+        if training := now - self._begin - self._spent["eval"]:
+            self.tokens_per_second = self._tokens / training
+            self.share = 1 - self._spent["save"] / training
+        return {"goodput": self.share} | {f"{k}_seconds": v for k, v in self._spent.items()}
+
+
 class Pending:
     """Metrics of dispatched steps, handed out as numbers a few steps later.
 
@@ -78,12 +115,23 @@ class Pending:
 
     def __init__(self) -> None:
         self._queue: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
+        self.goodput = Goodput()
         self._compiled = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out of the coming steps' times what was not theirs."""
         self._seen = deque([(time.perf_counter(), 0)], maxlen=WINDOW + 1)
+
+    @contextmanager
+    def apart(self, what: Literal["save", "eval"]) -> Generator[None]:
+        """Count what is done inside as `what`, and leave it out of the steps' times."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.goodput.spend(what, time.perf_counter() - begin)
+            self.restart_clock()
 
     def add(self, step: int, tokens: int, metrics: dict[str, jax.Array]) -> None:
         self._queue.append((step, tokens, metrics))
@@ -92,17 +140,20 @@ class Pending:
         """Every step but the newest `behind`; raises Diverged at one that is not finite."""
         while len(self._queue) > behind:
             step, tokens, arrays = self._queue.popleft()
-            values = {name: np.asarray(value).tolist() for name, value in arrays.items()}
+            # All at once: beside a save each look would wait for a piece of the state.
+            values = {name: value.tolist() for name, value in jax.device_get(arrays).items()}
             yield step, values | {"tokens": tokens} | self._times(tokens)
             for name in ("loss", "mtp_loss", "grad_norm"):
                 if not math.isfinite(values[name]):
                     raise Diverged(f"{name} is {values[name]} at step {step}")
 
     def _times(self, tokens: int) -> dict[str, float]:
-        self._seen.append((time.perf_counter(), tokens))
+        now = time.perf_counter()
+        self._seen.append((now, tokens))
         seconds = self._seen[-1][0] - self._seen[0][0]
         steps, total = len(self._seen) - 1, sum(count for _, count in list(self._seen)[1:])
         if not self._compiled:  # the first step waits for the compiler
             self._compiled = True
             self.restart_clock()
-        return {"step_seconds": seconds / steps, "tokens_per_second": total / seconds}
+        rates = {"step_seconds": seconds / steps, "tokens_per_second": total / seconds}
+        return rates | self.goodput.step_done(now, tokens)

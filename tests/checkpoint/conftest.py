@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.checkpoint import CheckpointStore
+from dsjax.checkpoint import CheckpointStore, store
 
 
 def random_bits(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -27,6 +27,12 @@ def state() -> dict:
         "key": random_bits(4, (2,), "uint32"),
         "step": jnp.int32(7),
     }
+
+
+@pytest.fixture(params=[True, False], ids=["on_devices", "on_host"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves copy the state on the devices, or to the host for want of room."""
+    monkeypatch.setattr(store, "has_room", lambda _: request.param)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def _unsaved(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.isdigit()]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_round_trip_is_bit_exact(tmp_path: Path, state: dict) -> None:
     meta = {"stream": {"offset": 12, "files": ["a", "b"]}, "loss": 0.1, "none": None}
     with CheckpointStore(tmp_path) as store:
@@ -58,6 +59,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, state: dict) -> None:
     assert _same_bits(by_arrays.state, state)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_save_does_not_see_what_happens_after_it(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     x = jax.random.uniform(jax.random.key(0), (1024, 1024))
@@ -141,6 +143,7 @@ def test_no_damage_is_restored_silently(fresh: Callable[[int], Path]) -> None:
             store.restore({"w": jnp.zeros((64, 8)), "n": jnp.int32(0)})
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("spec", [jax.P("data", "model"), jax.P(None, "data"), jax.P()])
 def test_restores_onto_another_mesh(tmp_path: Path, spec: jax.P) -> None:
     x = jnp.arange(128, dtype=jnp.bfloat16).reshape(16, 8)
@@ -167,6 +170,7 @@ def test_restores_what_eval_shape_describes(tmp_path: Path) -> None:
             store.restore(like)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     ("like", "words"),
     [
@@ -246,6 +250,7 @@ def test_a_closed_store_refuses_to_save(tmp_path: Path) -> None:
         store.save(1, _small(1), {})
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     "place", ["saving.write_durably", "saving.write_manifest", "manifest.os.fsync"]
 )
@@ -271,6 +276,7 @@ def test_a_full_disk_leaves_the_good_steps(
     store.close()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_orbax_fails_to_write(tmp_path: Path) -> None:
     """The kernel refuses to let any file grow beyond 64 KiB, in the middle of a write."""
     big = {"x": jax.random.uniform(jax.random.key(0), (512, 512))}

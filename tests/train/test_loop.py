@@ -4,8 +4,10 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from dsjax.checkpoint import CheckpointStore
+from dsjax.checkpoint.snapshot import Snapshot
 from dsjax.data import TrainStream, batch_size
 from dsjax.parallel import build_mesh
 from dsjax.train import CHECKPOINTS, Diverged, Outcome, model_of, runtime, train, xz_bits_per_byte
@@ -105,7 +108,8 @@ def nan_from(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_metrics_have_one_line_a_step_with_all_figures(straight):
     records = lines(straight[0])
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    promised = {*LOSSES, "step_seconds", "tokens_per_second", "model_flops_per_second"}
+    promised = {*LOSSES, "step_seconds", "tokens_per_second", "model_flops_per_second", "goodput",
+                "save_seconds", "eval_seconds"}  # fmt: skip
     for record in records:
         assert promised <= record.keys()
         assert np.isfinite([np.mean(record[name]) for name in promised]).all()
@@ -125,6 +129,19 @@ def test_a_run_learns_and_says_so(straight):
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     assert f"step {STEPS}/{STEPS}" in text
     assert "bits per byte" in text
+
+
+def test_saves_and_evaluations_are_told_apart_from_steps(straight):
+    folder, _, text = straight
+    records = lines(folder)
+    assert (records[0]["goodput"], records[0]["save_seconds"]) == (1.0, 0.0)
+    assert 0 < records[-1]["goodput"] < 1
+    for what, before in (("save", (2, 4, 6)), ("eval", (4,))):
+        seconds = [record[f"{what}_seconds"] for record in records]
+        grown = [n for n in range(1, STEPS) if seconds[n] > seconds[n - 1]]
+        assert grown == list(before)  # what follows step n is first told by the record after it
+    said_so = re.search(r"([\d,]+) tokens/s over the whole run, .*; goodput ([\d.]+)%", text)
+    assert float(said_so[2]) == pytest.approx(100 * records[-1]["goodput"], abs=0.006)
 
 
 def test_pictures_and_tensorboard_events_are_written(straight):
@@ -181,6 +198,28 @@ def test_nan_raises_diverged_naming_a_finite_checkpoint(tiny_run, tmp_path, monk
     with CheckpointStore(folder / CHECKPOINTS) as store:
         assert store.read_meta()[0] == 4
     model, _ = load_run(folder)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
+
+
+def test_nan_while_a_good_step_is_being_saved_does_not_lose_it(tiny_run, tmp_path, monkeypatch):
+    diverged, fetch, wait = threading.Event(), Snapshot.fetch, CheckpointStore.wait
+
+    def fetch_late(self):
+        assert diverged.wait(60)
+        return fetch(self)
+
+    def wait_late(self):
+        if self._saving:
+            diverged.set()
+        wait(self)
+
+    monkeypatch.setattr(Snapshot, "fetch", fetch_late)
+    monkeypatch.setattr(CheckpointStore, "wait", wait_late)
+    nan_from(monkeypatch, 5)
+    run, folder = tiny_run(train={"save_every": 4}), tmp_path / "run"
+    with pytest.raises(Diverged, match=r"nan at step 5; last good checkpoint: .* step 4$"):
+        train(run, folder, console=quiet())
+    model, _ = load_run(folder, 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
 
 

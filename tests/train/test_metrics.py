@@ -1,6 +1,7 @@
 """Step times do not depend on when the host looks; finished records are never repeated."""
 
 import json
+from contextlib import suppress
 
 import jax.numpy as jnp
 import pytest
@@ -52,6 +53,52 @@ def test_time_before_a_restart_is_left_out(clock):
     clock[0] = 52.0
     pending.add(3, 100, FINITE)
     assert next(pending.ready(behind=0))[1]["step_seconds"] == 2.0
+
+
+def step_at(clock, pending, number, look, tokens=100):
+    clock[0] = look
+    pending.add(number, tokens, FINITE)
+    return next(pending.ready(behind=0))[1]
+
+
+def stay(clock, pending, what, seconds):
+    with pending.apart(what):
+        clock[0] += seconds
+
+
+def test_goodput_is_what_saving_leaves_of_the_time_of_training(clock):
+    pending = Pending()
+    first = step_at(clock, pending, 1, 30.0)
+    assert (first["goodput"], first["save_seconds"], first["eval_seconds"]) == (1.0, 0.0, 0.0)
+    assert pending.goodput.tokens_per_second is None
+    assert step_at(clock, pending, 2, 34.0)["goodput"] == 1.0
+    stay(clock, pending, "save", 1.0)
+    stay(clock, pending, "eval", 90.0)
+    third = step_at(clock, pending, 3, 130.0)  # 100 s after the first step, 10 of them training
+    assert third["goodput"] == pytest.approx(1 - 1 / 10)
+    assert (third["save_seconds"], third["eval_seconds"]) == (1.0, 90.0)
+    assert third["step_seconds"] == pytest.approx(5.0)
+    assert pending.goodput.tokens_per_second == pytest.approx(200 / 10)
+    assert step_at(clock, pending, 4, 140.0)["goodput"] == pytest.approx(1 - 1 / 20)
+    assert pending.goodput.share == pytest.approx(0.95)
+
+
+def test_a_save_after_the_last_step_leaves_the_goodput_alone(clock):
+    pending = Pending()
+    for number in (1, 2):
+        step_at(clock, pending, number, float(number))
+    stay(clock, pending, "save", 1000.0)
+    assert pending.goodput.share == 1.0
+
+
+def test_a_save_that_fails_is_counted_too(clock):
+    pending = Pending()
+    step_at(clock, pending, 1, 1.0)
+    clock[0] = 3.0
+    with suppress(OSError), pending.apart("save"):
+        clock[0] = 5.0
+        raise OSError
+    assert step_at(clock, pending, 2, 9.0)["goodput"] == pytest.approx(1 - 2 / 8)
 
 
 def test_a_value_that_is_not_finite_stops_after_its_record():
