@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{usage}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else BAD_INPUT
     keep_compiled_programs()
+    take_memory()
     try:
         command = importlib.import_module(f"dsjax.commands.{arguments[0]}")
         return command.run(arguments[1:])
@@ -36,6 +37,11 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"error: {problem}", file=sys.stderr)
         return BAD_INPUT if isinstance(problem, ValueError | OSError) else FAILED
+
+
+def take_memory() -> None:
+    """Most of a GPU's memory for jax, which takes three quarters unless it is told."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 
 def keep_compiled_programs() -> None:

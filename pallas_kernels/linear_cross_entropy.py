@@ -24,7 +24,7 @@ from pallas_kernels.gemm_backend import Backend
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-LOGITS_AT_ONCE = 2**29  # elements of a slice
+LOGITS_AT_ONCE = 2**29  # float32 elements of a slice; of the kernel's, in bfloat16, twice as many
 FLOATS = (jnp.bfloat16, jnp.float32)
 
 
@@ -99,7 +99,7 @@ def _cross_entropy(
     def one(_: None, rows: _Rows) -> tuple[None, jax.Array]:
         return None, _score(rows, cast, kernel)[0]
 
-    _, nats = _over_time(one, None, _Rows(hidden, targets, weights), head.shape[1])
+    _, nats = _over_time(one, None, _Rows(hidden, targets, weights), head.shape[1], kernel)
     return (weights * nats).sum(), nats
 
 
@@ -118,7 +118,7 @@ def _forward(
 
     start = jnp.zeros(head.shape, jnp.float32)
     rows = _Rows(hidden, targets, weights)
-    d_head, (nats, d_hidden) = _over_time(one, start, rows, head.shape[1])
+    d_head, (nats, d_hidden) = _over_time(one, start, rows, head.shape[1], kernel)
     return ((weights * nats).sum(), nats), (d_hidden, d_head.astype(head.dtype), weights)
 
 
@@ -136,11 +136,15 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_time[Carry](
-    one: Callable[[Carry, _Rows], tuple[Carry, Any]], carry: Carry, rows: _Rows, width: int
+    one: Callable[[Carry, _Rows], tuple[Carry, Any]],
+    carry: Carry,
+    rows: _Rows,
+    width: int,
+    kernel: bool,
 ) -> tuple[Carry, Any]:
     """`lax.scan` of one(carry, rows) over as few slices of time as LOGITS_AT_ONCE allows."""
     b, t = rows.targets.shape
-    fitting = max(LOGITS_AT_ONCE // (b * width), 1)
+    fitting = max(LOGITS_AT_ONCE * (2 if kernel else 1) // (b * width), 1)
     slices = next(n for n in range(-(-t // fitting), t + 1) if t % n == 0)
     if slices == 1:
         return one(carry, rows)
