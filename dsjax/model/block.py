@@ -131,18 +131,14 @@ def walk_layers(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _apart(stacked: jax.Array, count: int) -> tuple[jax.Array, ...]:
-    """The layers of an array; their gradients are written into one, each when it is there."""
+    """The layers of an array; their gradients are put together only where they are used."""
     return tuple(stacked[number] for number in range(count))
 
 
-def _together(count: int, _: None, grads: tuple[jax.Array, ...]) -> tuple[jax.Array]:
-    whole = jax.lax.empty((count, *grads[0].shape), grads[0].dtype)
-    for number in reversed(range(count)):
-        whole = jax.lax.dynamic_update_index_in_dim(whole, grads[number], number, 0)
-    return (whole,)
-
-
-_apart.defvjp(lambda stacked, count: (_apart(stacked, count), None), _together)
+_apart.defvjp(
+    lambda stacked, count: (_apart(stacked, count), None),
+    lambda count, _, grads: (jnp.stack(grads),),
+)
 
 
 def _rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:

@@ -203,6 +203,15 @@ def test_backward_takes_bfloat16_and_whole_tiles(m, f, dtype, expected, monkeypa
     assert_same_bits(jax.tree.leaves(found), jax.tree.leaves(wanted))
 
 
+def test_both_refuses():
+    with pytest.raises(ValueError, match="2F is 3"):
+        swiglu_quantize_both(jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match="float16"):
+        swiglu_quantize_both(jnp.zeros((2, 4), jnp.float16))
+    with pytest.raises(TypeError, match="not differentiable"):
+        jax.grad(lambda x: swiglu_quantize_both(x)[0][1].sum())(jnp.ones((2, 256)))
+
+
 def by_jnp(q, scale, d_h, weights):
     return swiglu_backward._backward(dequantize(q, scale, jnp.float32), d_h, weights)
 
