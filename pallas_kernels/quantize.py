@@ -2,10 +2,14 @@
 
 The formats are those of the DeepSeek-V3 report, section 3.3, and of DeepGEMM's casts:
 activations in 1 x 128 tiles along K, weights in 128 x 128 blocks, and for weight gradients the
-transposed tensor in tiles of 128 tokens. With amax the largest magnitude of a tile, at least 1e-4,
-`scale = amax / 448` and `q = x * (1 / scale)`, so that `q * scale` gives x back; `power_of_two`
-rounds the scale up to a power of two. A tile that holds a NaN or an infinity becomes NaN
-altogether, values and scale; other tiles do not notice.
+transposed tensor in tiles of 128 tokens. With amax the largest magnitude of a tile, `scale = amax /
+448` and `q = x * (1 / scale)`, so that `q * scale` gives x back; `power_of_two` rounds the scale up
+to a power of two. A tile that holds a NaN or an infinity becomes NaN altogether, values and scale;
+other tiles do not notice.
+
+Scales go down to 2**-60, where two of them still multiply to a normal number. DeepGEMM's casts stop
+at an amax of 1e-4, which serves activations: the gradients of a mean over a batch of many tokens
+are smaller, and would lose what is below a few hundredths of that.
 
 `backend="auto"` takes the Hopper kernels where they apply and plain jnp elsewhere. The two give the
 same bits, except in `swiglu_quantize` and `rmsnorm_quantize`, whose exp, division, rsqrt and sums
@@ -33,11 +37,12 @@ if TYPE_CHECKING:
     Quantized = tuple[Float8e4m3fn[Array, "..."], Float[Array, "..."]]
 
 TILE = 128
-LEAST_AMAX = 1e-4
+LEAST_AMAX = 448 * 2.0**-60
 FLOATS = (jnp.bfloat16, jnp.float32)
 ROW_BYTES = 16  # TMA: a row of e4m3 is a whole number of these
 RMSNORM_MOST = 16384  # columns: two rows of float32 have to fit shared memory
 EXPONENT, MANTISSA, UPPER_HALF, ONE = map(np.int32, (0x7F800000, 0x7FFFFF, -0x1000, 0x3F800000))
+STEP, SEVEN_QUARTERS = map(np.int32, (0x800000, 0x600000))  # of exponents; 1.75's fraction
 
 
 def padded_rows(m: int, groups: int = 0) -> int:
@@ -291,20 +296,27 @@ def tile_scale(
     times that inverse round to e4m3's largest number, 448, at most, and need no clipping.
     """
     scale = scale_of(amax, power_of_two)
-    return scale, _inverse(scale)
+    return scale, _inverse_power(scale) if power_of_two else _inverse(scale)
 
 
 def scale_of(amax: Float[Array, "*tiles"], power_of_two: bool) -> Float[Array, "*tiles"]:
     """The first of `tile_scale`."""
     seventh, least = np.float32(1 / 7), np.float32(LEAST_AMAX)
-    amax = jnp.where(amax < least, least, amax) * np.float32(1 / 64)
-    guess = amax * seventh
-    scale = guess + ((amax - 8 * guess) + guess) * seventh
+    amax = jnp.where(amax < least, least, amax)
     if power_of_two:
-        bits = lax.bitcast_convert_type(scale, jnp.int32)
-        up = lax.bitcast_convert_type((bits + MANTISSA) & EXPONENT, jnp.float32)
-        scale = jnp.where(scale == scale, up, scale)
-    return scale
+        # 448 is 1.75 * 2**8: an amax whose fraction is above that takes the next power.
+        bits = lax.bitcast_convert_type(amax, jnp.int32) + (MANTISSA - SEVEN_QUARTERS)
+        scale = lax.bitcast_convert_type((bits & EXPONENT) - 8 * STEP, jnp.float32)
+        return jnp.where(amax < jnp.inf, scale, jnp.nan)
+    amax *= np.float32(1 / 64)
+    guess = amax * seventh
+    return guess + ((amax - 8 * guess) + guess) * seventh
+
+
+def _inverse_power(scale: jax.Array) -> jax.Array:
+    """1 / scale of powers of two."""
+    bits = 2 * ONE - lax.bitcast_convert_type(scale, jnp.int32)
+    return jnp.where(scale == scale, lax.bitcast_convert_type(bits, jnp.float32), scale)
 
 
 def _inverse(scale: jax.Array) -> jax.Array:

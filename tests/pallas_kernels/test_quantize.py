@@ -33,6 +33,8 @@ GROUPS = {
     "rows left over": [20, 0, 129, 7],
 }
 LEFT_OVER = 11
+LEAST = np.float32(448 * 2.0**-60)
+"""Largest magnitude of a tile below which its scale does not follow."""
 
 
 def jitted(function, *operands, **static):
@@ -52,7 +54,7 @@ def rows_of(sizes, name):
 
 
 def scale_and_inverse(amax, power_of_two):
-    scale = (np.maximum(amax, np.float32(1e-4)) / np.float32(448)).astype(np.float32)
+    scale = (np.maximum(amax, LEAST) / np.float32(448)).astype(np.float32)
     if power_of_two:
         fraction, exponent = np.frexp(scale)
         scale = np.ldexp(np.float32(1), exponent - (fraction == 0.5)).astype(np.float32)
@@ -184,7 +186,8 @@ def test_scales_are_correctly_rounded(power_of_two):
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, 0x7F800000, 1 << 20, dtype=np.uint32)
     pattern[: 1 << 16] = np.arange(0x3F800000, 0x3F810000)
-    pattern[-6:] = [0, 1, 0x38D1B717, 0x38D1B718, 0x7F7FFFFF, 0x7F7F0000]
+    least = LEAST.view(np.uint32)
+    pattern[-6:] = [0, 1, least, least + 1, 0x7F7FFFFF, 0x7F7F0000]
     scale, inverse = jax.jit(tile_scale, static_argnums=1)(pattern.view(np.float32), power_of_two)
     expected = scale_and_inverse(pattern.view(np.float32), power_of_two)
     assert_same_bits((scale, inverse), expected)
@@ -198,7 +201,7 @@ def test_finite_stays_finite(dtype, power_of_two):
     x[0, :3] = most, -most, 1
     x[1, 128:] = np.linspace(-1e-40, 1e-40, 128)
     x[2, 0] = 1e-45
-    x[3, ::2] = 1e-4
+    x[3, ::2] = LEAST
     x[4] = np.exp2(np.linspace(-126, 127, 256))
     x[5] = 448 * np.float32(np.float32(1e-4) / 448)
     x = jnp.asarray(x, dtype)
