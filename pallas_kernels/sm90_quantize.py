@@ -245,24 +245,33 @@ def stream(
     work: Callable[[Any, Scalar, Callable[[], None]], None],
     locate: Callable[[Scalar, Any], tuple[Any, Any]],
     cursor: Any = (),
+    parts: int = 1,
 ) -> None:
     """Walk this CTA's units with up to `stages` fetches under way.
 
     locate(unit, cursor) gives the unit's place and the next cursor, fetch(place, slot) starts its
-    copies, and work(place, slot, refill) calls refill() once it no longer reads the slot.
+    copies, and work(place, slot, refill) calls refill() once it no longer reads the slot. A unit
+    may be fetched in several `parts`, one behind the other: their numbers are the places' last.
     """
     cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
-    count = lax.div(units - cta + ctas - 1, jnp.int32(ctas))
+    count = lax.div(units - cta + ctas - 1, jnp.int32(ctas)) * parts
+
+    def at(i: Scalar, cursor: Any) -> tuple[Any, Any]:
+        if parts == 1:
+            return locate(cta + i * ctas, cursor)
+        place, cursor = locate(cta + lax.div(i, jnp.int32(parts)) * ctas, cursor)
+        return (*place, lax.rem(i, jnp.int32(parts))), cursor
+
     places = ()
     for i in range(stages):
-        place, cursor = locate(cta + i * ctas, cursor)
+        place, cursor = at(jnp.int32(i), cursor)
         places = (*places, place)
         pl.when(i < count)(functools.partial(fetch, place, i))
 
     def step(i: Scalar, carry: Any) -> Any:
         places, cursor = carry
         slot = lax.rem(i, jnp.int32(stages))
-        place, cursor = locate(cta + (i + stages) * ctas, cursor)
+        place, cursor = at(i + stages, cursor)
 
         def refill() -> None:
             plgpu.commit_smem()

@@ -8,6 +8,7 @@ magnitude without asking them, and writes a row of the transposed tile, 16 bytes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -162,24 +163,26 @@ def _from_floats(
             if rows:
                 start_rows(x_s.at[slot], place)
             if sizes_ref:
-                _clear_rows(x_s.at[slot], layout, valid)
+                clear_rows(x_s.at[slot], layout, valid)
             columns = load_columns(x_s.at[slot])
             refill()
             if rows:
                 store_rows(spare["q_s"], valid, before[-2], start, col)
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
+            store_columns(
+                columns, q_t_s, line_s.at[0], walk, q_t_ref, scale_t_ref, place, power_of_two
+            )
 
         keep_row_major(x_s, *spare.values())
-        _stream(walk, stages, fetch, work, sizes_ref)
+        stream_tiles(walk, stages, fetch, work, sizes_ref)
 
     by_row = [
         jax.ShapeDtypeStruct(x.shape, E4M3),
         jax.ShapeDtypeStruct((walk.cols, walk.m), jnp.float32),
     ]
     return launch(
-        body, x, *_operands(sizes), name="quantize_both" if rows else "quantize_transposed",
+        body, x, *operands_of(sizes), name="quantize_both" if rows else "quantize_transposed",
         units=walk.units, sms=sms, interpret=interpret,
         out=(by_row if rows else []) + walk.transposed,
         smem=dict(
@@ -214,23 +217,26 @@ def requantize(
         def work(place, slot, refill):
             plgpu.barrier_wait(full.at[slot])
             if sizes_ref:
-                _clear_rows(q_s.at[slot], layout, place[3])
-                _own_scales(scale_s.at[slot], line_s.at[1], place)
+                clear_rows(q_s.at[slot], layout, place[3])
+                fetched = pl.ds(lax.rem(place[2], jnp.int32(FLOATS)), TILE)
+                own_scales(scale_s.at[slot, fetched], line_s.at[1], place[3])
             columns = load_columns(q_s.at[slot]).astype(jnp.float32)
             scales = line_s.at[1] if sizes_ref else scale_s.at[slot, pl.ds(0, TILE)]
             scales = plgpu.load(scales, layout=COLUMN(16).reduce(0), optimized=False)
             columns *= lax.broadcast_in_dim(scales, columns.shape, [1])
             refill()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            _store_columns(columns, q_t_s, line_s, walk, q_t_ref, scale_t_ref, place, power_of_two)
+            store_columns(
+                columns, q_t_s, line_s.at[0], walk, q_t_ref, scale_t_ref, place, power_of_two
+            )
 
         keep_row_major(q_s)
-        _stream(walk, stages, fetch, work, sizes_ref)
+        stream_tiles(walk, stages, fetch, work, sizes_ref)
 
     scale = jnp.pad(scale.T, ((0, 0), (0, -walk.m % FLOATS)))
     q_t, scale_t = launch(
-        body, q, scale, *_operands(sizes), name="requantize_transposed", units=walk.units, sms=sms,
-        interpret=interpret, out=walk.transposed, most_ctas=3,
+        body, q, scale, *operands_of(sizes), name="requantize_transposed", units=walk.units,
+        sms=sms, interpret=interpret, out=walk.transposed, most_ctas=3,
         smem=dict(
             q_s=((stages, TILE, TILE), E4M3), scale_s=((stages, SCALES), jnp.float32),
             q_t_s=((TILE, TILE), E4M3), line_s=((2, TILE), jnp.float32),
@@ -240,20 +246,23 @@ def requantize(
     return q_t, scale_t.T
 
 
-def _operands(sizes: jax.Array | None) -> list[jax.Array]:
+def operands_of(sizes: jax.Array | None) -> list[jax.Array]:
     return [] if sizes is None else [sizes]
 
 
-def _stream(walk: Walk, stages: int, fetch: Any, work: Any, sizes_ref: list[Any]) -> None:
-    (ref,) = sizes_ref or [None]
+def stream_tiles(
+    walk: Walk, stages: int, fetch: Any, work: Any, sizes_ref: Sequence[Any], parts: int = 1
+) -> None:
+    """`stream` of a walk's tiles; sizes_ref holds the groups' sizes, or nothing."""
+    (ref,) = sizes_ref or (None,)
 
     def locate(unit: Scalar, cursor: Cursor) -> tuple[Place, Cursor]:
         return walk.locate(unit, cursor, ref)
 
-    stream(walk.units, stages, fetch, work, locate, walk.first(ref))
+    stream(walk.units, stages, fetch, work, locate, walk.first(ref), parts)
 
 
-def _clear_rows(ref: Any, layout: Any, valid: Scalar) -> None:
+def clear_rows(ref: Any, layout: Any, valid: Scalar) -> None:
     """Zeros in the rows that belong to the next group."""
 
     @pl.when(valid < TILE)
@@ -264,12 +273,10 @@ def _clear_rows(ref: Any, layout: Any, valid: Scalar) -> None:
         ref[...] = jnp.where(row < valid, values, jnp.zeros_like(values)).astype(ref.dtype)
 
 
-def _own_scales(fetched: Any, line: Any, place: Place) -> None:
-    """The tile's scales from those fetched, which start up to three before, and zeros."""
-    _, _, start, valid = place
-    own = fetched.at[pl.ds(lax.rem(start, jnp.int32(FLOATS)), TILE)]
+def own_scales(scales: Any, line: Any, valid: Scalar) -> None:
+    """In `line` those of a tile's own rows, and zeros."""
     row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LINE)
-    scales = plgpu.load(own, layout=LINE)
+    scales = plgpu.load(scales, layout=LINE)
     line[...] = jnp.where(row < valid, scales, jnp.zeros_like(scales))
 
 
@@ -278,8 +285,8 @@ def load_columns(ref: Any) -> jax.Array:
     return plgpu.layout_cast(plgpu.load(ref.T, layout=COLUMN(1)), COLUMN(16))
 
 
-def _store_columns(
-    columns: jax.Array, q_t_s: Any, line_s: Any, walk: Walk, q_t_ref: Any, scale_t_ref: Any,
+def store_columns(
+    columns: jax.Array, q_t_s: Any, scratch: Any, walk: Walk, q_t_ref: Any, scale_t_ref: Any,
     place: Place, power_of_two: bool,
 ) -> None:  # fmt: skip
     """Quantise columns [128 of x's columns, 128 of its rows] and store them, once q_t_s is free."""
@@ -292,6 +299,6 @@ def _store_columns(
     out = q_t_ref.at[pl.ds(col * TILE, TILE), pl.ds(tile * TILE, TILE)]
     plgpu.copy_smem_to_gmem(q_t_s, out)
     store_line(
-        scale, line_s.at[0], lax.min(jnp.int32(TILE), walk.k - col * TILE),
+        scale, scratch, lax.min(jnp.int32(TILE), walk.k - col * TILE),
         lambda first, size: scale_t_ref.at[tile, pl.ds(col * TILE + first, size)],
     )  # fmt: skip

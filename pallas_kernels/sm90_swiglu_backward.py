@@ -1,12 +1,15 @@
-"""The elementwise part of SwiGLU's backward pass on Hopper, from one read of its operands.
+"""SwiGLU's backward pass on Hopper, its results cast along both axes as they are made.
 
-The walk is that of `sm90_quantize`, over the tiles of gate, up and h at the same place. A unit has
-only a few rows: a thread then needs so few registers that four CTAs share an SM. Sums along a row
-are kept by tile and added up behind the kernel, always in the same order.
+The walk is that of `sm90_quantize_transposed`: tiles of 128 rows and 128 columns, here of gate, up
+and h at the same place. A tile is fetched and computed in slabs of a few rows, for which a thread
+has registers; the values, cast along the rows, gather in shared memory, leave from there, and are
+turned there. Sums along a row are kept by tile and added up behind the kernel, always in the same
+order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,99 +18,185 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.checks import E4M3, ceil_div
-from pallas_kernels.quantize import TILE
-from pallas_kernels.sm90_quantize import launch, rows_layout, stream
+from pallas_kernels.checks import E4M3
+from pallas_kernels.quantize import TILE, tile_scale
+from pallas_kernels.sm90_quantize import LINE, Scalar, launch, rows_layout, store_line, store_rows
+from pallas_kernels.sm90_quantize_transposed import (
+    COLUMN,
+    FLOATS,
+    Place,
+    Walk,
+    clear_rows,
+    load_columns,
+    operands_of,
+    own_scales,
+    store_columns,
+    stream_tiles,
+)
 from pallas_kernels.sm90_tile import keep_row_major
 
-ROWS, STAGES, CTAS = 16, 3, 4
-FLOATS = 4  # in 16 bytes: TMA takes rows of whole 16 bytes,
-LINE = 32  # and writes shared memory from the start of such a line of 128 bytes
+ROWS, STAGES = 32, 3  # of a slab; slabs on their way
+SPACE = 64  # floats of a slab, up to 3 before, to whole lines of 128 bytes
+GATE, UP, H, SUMS = range(4)
+Pair = tuple[jax.Array, jax.Array]  # values and scales
 
 
 def backward(
-    q: jax.Array, scale: jax.Array, d_h: jax.Array, weights: jax.Array | None, *,
-    rows: int = ROWS, stages: int = STAGES, most_ctas: int = CTAS, sms: int | None = None,
+    q: jax.Array, scale: jax.Array, d_h: jax.Array, weights: jax.Array | None,
+    sizes: jax.Array | None, *, rows: int = ROWS, stages: int = STAGES, sms: int | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
-    """gate_up's gradient [M, 2F], h [M, F] times the weights, and the weights' gradient [M].
+) -> tuple[Pair, Pair, Pair, jax.Array | None]:  # fmt: skip
+    """gate_up's gradient, its transpose, h's times the weights, and the weights' gradient [M].
 
-    q [M, 2F] and scale are `quantize_tiles` of gate_up, d_h bfloat16 [M, F], F % 128 == 0. A unit
-    has 8, 16, 24 or 32 rows.
+    q [M, 2F] and scale are `quantize_tiles` of gate_up, d_h bfloat16 [M, F], F % 128 == 0. New
+    scales are powers of two. A slab has 8, 16 or 32 rows.
     """
     m, f = d_h.shape
-    cols, units_down = f // TILE, ceil_div(m, rows)
+    walk = Walk(m, f, 0 if sizes is None else sizes.shape[0])
+    wide = dataclasses.replace(walk, k=2 * f)
     weighted = weights is not None
-    layout = rows_layout(d_h.dtype)
+    operands = [q.reshape(m, 2, f), _padded(scale.T), d_h]
+    operands += [_padded(weights)] if weighted else []
+    copies = len(operands) + 1  # gate's scales and up's
 
-    def body(q_ref, scale_ref, d_h_ref, *refs, q_s, scale_s, d_h_s, grad_s, h_s, full, **more):
-        weights_ref = refs[:weighted]
-        grad_ref, h_ref, *sums_ref = refs[weighted:]
+    def body(*refs, **scratch):
+        taken, given = refs[: len(operands)], refs[len(operands) :]
+        sizes_ref, given = given[: walk.groups > 0], given[walk.groups > 0 :]
+        tiles = _Tiles(walk, wide, rows, taken, given, **scratch)
+        keep_row_major(tiles.q_s, tiles.d_h_s, tiles.tile_s)
+        stream_tiles(walk, stages, tiles.fetch, tiles.work, sizes_ref, TILE // rows)
 
-        def locate(unit, cursor):
-            return (lax.div(unit, jnp.int32(cols)) * rows, lax.rem(unit, jnp.int32(cols))), cursor
-
-        def fetch(place, slot):
-            row, col = place
-            down, across = pl.ds(row, rows), pl.ds(col * TILE, TILE)
-
-            def copy(source, to):
-                plgpu.copy_gmem_to_smem(source, to, full.at[slot])
-
-            copy(q_ref.at[down, :, across], q_s.at[slot])
-            copy(scale_ref.at[:, col, down], scale_s.at[slot, pl.ds(0, 2)])
-            copy(d_h_ref.at[down, across], d_h_s.at[slot])
-            for ref in weights_ref:
-                copy(ref.at[down], weights_at(slot))
-
-        def weights_at(slot):
-            return more["weights_s"].at[slot, pl.ds(0, rows)]
-
-        def by_row(ref):
-            line = plgpu.load(ref, layout=layout.reduce(1))
-            return lax.broadcast_in_dim(line, (rows, TILE), [0])
-
-        def work(place, slot, refill):
-            row, col = place
-            plgpu.barrier_wait(full.at[slot])
-            gate, up = (plgpu.load(q_s.at[slot, :, i], layout=layout) for i in range(2))
-            gate_scale, up_scale = (by_row(scale_s.at[slot, i]) for i in range(2))
-            d_h = plgpu.load(d_h_s.at[slot], layout=layout)
-            weight = by_row(weights_at(slot)) if weighted else None
-            refill()
-            gate, up = gate.astype(jnp.float32) * gate_scale, up.astype(jnp.float32) * up_scale
-            d_gate, d_up, h, sums = _gradients(gate, up, d_h.astype(jnp.float32), weight)
-            for ref in sums_ref:
-                ref[col, pl.ds(row, rows)] = sums
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            grad_s[:, 0] = d_gate.astype(grad_s.dtype)
-            grad_s[:, 1] = d_up.astype(grad_s.dtype)
-            h_s[...] = h.astype(h_s.dtype)
-            plgpu.commit_smem()
-            down, across = pl.ds(row, rows), pl.ds(col * TILE, TILE)
-            plgpu.copy_smem_to_gmem(grad_s, grad_ref.at[down, :, across])
-            plgpu.copy_smem_to_gmem(h_s, h_ref.at[down, across])
-
-        keep_row_major(q_s, d_h_s, grad_s, h_s)
-        stream(units_down * cols, stages, fetch, work, locate)
-
-    out = [jax.ShapeDtypeStruct((m, 2, f), d_h.dtype), jax.ShapeDtypeStruct((m, f), d_h.dtype)]
-    smem: dict[str, tuple[tuple[int, ...], Any]] = dict(
-        q_s=((stages, rows, 2, TILE), E4M3), scale_s=((stages, 4, rows), jnp.float32),
-        d_h_s=((stages, rows, TILE), d_h.dtype), grad_s=((rows, 2, TILE), d_h.dtype),
-        h_s=((rows, TILE), d_h.dtype),
+    out = [
+        jax.ShapeDtypeStruct((m, 2 * f), E4M3),
+        jax.ShapeDtypeStruct((wide.cols, m), jnp.float32),
+        *wide.transposed,
+        *walk.transposed,
+    ]
+    out += [jax.ShapeDtypeStruct((walk.cols, m), jnp.float32)] if weighted else []
+    grad, grad_scale, grad_t, grad_t_scale, h_t, h_t_scale, *sums = launch(
+        body, *operands, *operands_of(sizes), name="swiglu_backward", units=walk.units, sms=sms,
+        interpret=interpret, out=out,
+        smem=dict(
+            q_s=((stages, rows, 2, TILE), E4M3), scale_s=((stages, 3, SPACE), jnp.float32),
+            d_h_s=((stages, rows, TILE), d_h.dtype), tile_s=((3, TILE, TILE), E4M3),
+            line_s=((4, TILE), jnp.float32), own_s=((TILE,), jnp.float32),
+        ),
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
     )  # fmt: skip
-    operands = [q.reshape(m, 2, f), _padded(scale.T).reshape(2, cols, -1), d_h]
-    if weighted:
-        operands.append(_padded(weights))
-        out.append(jax.ShapeDtypeStruct((cols, units_down * rows), jnp.float32))
-        smem["weights_s"] = ((stages, LINE), jnp.float32)
-    grad, h, *sums = launch(
-        body, *operands, name="swiglu_backward", units=units_down * cols, sms=sms,
-        interpret=interpret, most_ctas=most_ctas, out=out, smem=smem,
-        full=plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+    return (
+        (grad, grad_scale.T), (grad_t, grad_t_scale.T), (h_t, h_t_scale.T),
+        sums[0].sum(axis=0) if weighted else None,
     )  # fmt: skip
-    return grad.reshape(m, 2 * f), h, sums[0].sum(axis=0)[:m] if weighted else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """What happens to a tile; the methods are traced inside the kernel."""
+
+    walk: Walk
+    wide: Walk
+    """Of gate_up's gradient: its tiles are those of gate, then those of up."""
+    rows: int
+    """Of a slab."""
+    taken: tuple[Any, ...]
+    """gate_up's cache and its scales, d_h and, if there are, weights."""
+    given: tuple[Any, ...]
+    """The gradient, its transpose and h's, each with scales, and sums if there are weights."""
+    q_s: Any
+    scale_s: Any
+    d_h_s: Any
+    tile_s: Any
+    """Of gate's gradient, up's, and h: e4m3."""
+    line_s: Any
+    """Their rows' scales, and the rows' sums."""
+    own_s: Any
+    full: Any
+
+    def slab(self, place: Any) -> tuple[Scalar, Scalar]:
+        """Its first row, and how many rows before it are fetched of lines."""
+        *_, start, _, slab = place
+        row = lax.min(start + slab * self.rows, jnp.int32(self.walk.m))
+        return row, lax.rem(row, jnp.int32(FLOATS))
+
+    def fetch(self, place: Any, slot: Scalar) -> None:
+        q_ref, scale_ref, d_h_ref, *weights_ref = self.taken
+        col, (row, before) = place[1], self.slab(place)
+        down, across = pl.ds(row, self.rows), pl.ds(col * TILE, TILE)
+        lines = [scale_ref.at[col], scale_ref.at[self.walk.cols + col], *weights_ref]
+        length = self.rows + FLOATS
+
+        plgpu.copy_gmem_to_smem(q_ref.at[down, :, across], self.q_s.at[slot], self.full.at[slot])
+        plgpu.copy_gmem_to_smem(d_h_ref.at[down, across], self.d_h_s.at[slot], self.full.at[slot])
+        for i, line in enumerate(lines):
+            to = self.scale_s.at[slot, i, pl.ds(0, length)]
+            plgpu.copy_gmem_to_smem(line.at[pl.ds(row - before, length)], to, self.full.at[slot])
+
+    def work(self, place: Any, slot: Scalar, refill: Any) -> None:
+        *tile, number = place
+        layout, weighted = rows_layout(self.d_h_s.dtype), len(self.taken) == 4
+        plgpu.barrier_wait(self.full.at[slot])
+
+        def factor(which: int) -> jax.Array:
+            own = self.scale_s.at[slot, which, pl.ds(self.slab(place)[1], self.rows)]
+            line = plgpu.load(own, layout=layout.reduce(1), optimized=False)
+            return lax.broadcast_in_dim(line, (self.rows, TILE), [0])
+
+        gate, up = (
+            plgpu.load(self.q_s.at[slot, :, i], layout=layout).astype(jnp.float32) * factor(i)
+            for i in (GATE, UP)
+        )
+        d_h = plgpu.load(self.d_h_s.at[slot], layout=layout).astype(jnp.float32)
+        weight = factor(H) if weighted else None
+        refill()
+        *results, sums = _gradients(gate, up, d_h, weight)
+        # What earlier tiles left there is on its way.
+        pl.when(number == 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+        here = pl.ds(number * self.rows, self.rows)
+        for i, x in enumerate(results):
+            _cast(x, self.tile_s.at[i, here], self.line_s.at[i, here])
+        if weighted:
+            self.line_s[SUMS, here] = sums
+        pl.when(number == TILE // self.rows - 1)(lambda: self.finish(tuple(tile)))
+
+    def finish(self, place: Place) -> None:
+        tile, col, start, valid = place
+        grad_ref, grad_scale_ref, grad_t_ref, grad_t_scale_ref, *h_t_refs = self.given[:6]
+        plgpu.commit_smem()
+        for i in (GATE, UP):
+            at = col + i * self.walk.cols
+            store_rows(self.tile_s.at[i], valid, grad_ref, start, at)
+            self.store_line(i, grad_scale_ref.at[at], start, valid)
+        for ref in self.given[6:]:
+            self.store_line(SUMS, ref.at[col], start, valid)
+        self.turn(H, self.walk, place, *h_t_refs)
+        for i in (GATE, UP):
+            at = col + i * self.walk.cols
+            self.turn(i, self.wide, (tile, at, start, valid), grad_t_ref, grad_t_scale_ref)
+
+    def store_line(self, which: int, out: Any, start: Scalar, valid: Scalar) -> None:
+        store_line(
+            plgpu.load(self.line_s.at[which], layout=LINE), self.own_s, valid,
+            lambda first, size: out.at[pl.ds(start + first, size)],
+        )  # fmt: skip
+
+    def turn(self, which: int, walk: Walk, place: Place, q_t_ref: Any, scale_t_ref: Any) -> None:
+        """The transpose from the values cast along the rows, in their place."""
+        tile_q, valid = self.tile_s.at[which], place[3]
+        if walk.groups:
+            clear_rows(tile_q, rows_layout(E4M3), valid)
+        own_scales(self.line_s.at[which], self.own_s, valid)
+        scales = plgpu.load(self.own_s, layout=COLUMN(16).reduce(0), optimized=False)
+        columns = load_columns(tile_q).astype(jnp.float32)
+        columns *= lax.broadcast_in_dim(scales, columns.shape, [1])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store_columns(columns, tile_q, self.own_s, walk, q_t_ref, scale_t_ref, place, True)
+
+
+def _cast(x: jax.Array, q_ref: Any, scale_ref: Any) -> None:
+    """Along the rows, and the rows' scales."""
+    scale, inverse = tile_scale(jnp.max(jnp.abs(x), axis=1), True)
+    q_ref[...] = (x * lax.broadcast_in_dim(inverse, x.shape, [0])).astype(E4M3)
+    scale_ref[...] = scale
 
 
 def _gradients(

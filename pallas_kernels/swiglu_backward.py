@@ -2,8 +2,9 @@
 
 DeepSeek-V3's report, section 3.5.2: what enters SwiGLU is cached in FP8 and its output computed
 again. With h = silu(gate) * up, and a weight for every row that h's product with the down
-projection was multiplied with, one pass gives what three products want: gate_up's gradient in tiles
-along its width and, like h times the weights, in tiles along the rows, transposed.
+projection was multiplied with, one pass gives what three products want: gate_up's gradient in
+tiles along its width and, like h times the weights, in tiles along the rows, transposed. Scales are
+powers of two, and the transposed values those of the other form.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks
-from pallas_kernels.fp8_recipe import V3, Pair, Recipe
+from pallas_kernels.fp8_recipe import V3, Pair, Recipe, turned
 from pallas_kernels.gemm_backend import Backend, takes_kernels
-from pallas_kernels.quantize import TILE, dequantize, quantize_transposed
+from pallas_kernels.quantize import TILE, dequantize, quantize_tiles
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float8e4m3fn, Int32
@@ -45,8 +46,8 @@ def swiglu_backward(
     """All of `SwigluBackward` from gate_up's cache and h's gradient before its rows' weights.
 
     q and scale are `quantize_tiles` of gate_up [M, 2F], gate first; d_h [M, F] is bfloat16 or
-    float32, weights float32 [M]. Rows lie in groups as in `quantize_both`. Raises ValueError where
-    dtypes or shapes do not fit.
+    float32, weights float32 [M]. Rows lie in groups as in `quantize_both`; what is not transposed
+    is undefined in rows of no group. Raises ValueError where dtypes or shapes do not fit.
     """
     checks.fp8("q", q, scale, "[M, 2F]")
     checks.multiple("2F", q.shape[1], 2)
@@ -54,17 +55,17 @@ def swiglu_backward(
     checks.exact("d_h", d_h, (m, f), d_h.dtype)
     if weights is not None:
         checks.exact("weights", weights, (m,))
-    if takes_kernels(backend) and _fits(d_h):
+    if group_sizes is not None:
+        checks.group_sizes(group_sizes, None, m)
+    if takes_kernels(backend) and _fits(d_h) and not recipe.gradient_blocks:
         from pallas_kernels import sm90_swiglu_backward as kernels
 
-        grad, h, d_weights = kernels.backward(q, scale, d_h, weights)
-    else:
-        grad, h, d_weights = _backward(dequantize(q, scale, jnp.float32), d_h, weights)
-    return SwigluBackward(
-        *recipe.both(grad, group_sizes, backend),
-        quantize_transposed(h, group_sizes, backend=backend),
-        d_weights,
-    )
+        return SwigluBackward(*kernels.backward(q, scale, d_h, weights, group_sizes))
+    grad, h, d_weights = _backward(dequantize(q, scale, jnp.float32), d_h, weights)
+    along = recipe.rows(grad, backend)
+    h_along = quantize_tiles(h, power_of_two=True, backend=backend)
+    grad_t, h_t = (turned(pair, group_sizes, backend) for pair in (along, h_along))
+    return SwigluBackward(along, grad_t, h_t, d_weights)
 
 
 def _fits(d_h: jax.Array) -> bool:
@@ -75,8 +76,7 @@ def _fits(d_h: jax.Array) -> bool:
 def _backward(
     gate_up: jax.Array, d_h: jax.Array, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """gate_up's gradient, h times the weights, and the weights' gradient."""
-    dtype = d_h.dtype
+    """gate_up's gradient, h times the weights, and the weights' gradient, in float32."""
     gate, up = jnp.split(gate_up, 2, axis=1)
     d_h = d_h.astype(jnp.float32)
     sigmoid = 1 / (1 + jnp.exp(-gate))
@@ -88,4 +88,4 @@ def _backward(
         d_h, h = d_h * weights[:, None], h * weights[:, None]
     d_gate = d_h * up * (sigmoid + silu * (1 - sigmoid))
     grad = jnp.concatenate([d_gate, d_h * silu], axis=1)
-    return grad.astype(dtype), h.astype(dtype), d_weights
+    return grad, h, d_weights

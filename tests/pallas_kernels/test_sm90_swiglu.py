@@ -9,23 +9,25 @@ import pytest
 
 from pallas_kernels import (
     gemm_backend,
-    quantize,
     sm90_quantize,
+    sm90_quantize_blocks,
     sm90_quantize_swiglu,
     sm90_quantize_transposed,
     sm90_swiglu_backward,
-    swiglu_backward,
 )
+from pallas_kernels.fp8_recipe import V3, Recipe
 from pallas_kernels.quantize import (
-    dequantize,
+    quantize_blocks,
     quantize_tiles,
+    requantize_transposed,
     swiglu_quantize,
     swiglu_quantize_both,
 )
+from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward
 from tests.pallas_kernels.test_quantize import assert_near, assert_same_bits, draw
 from tests.pallas_kernels.test_sm90_quantize import interpreted, reference, with_specials
 
-BF16_ROUNDING, FLOAT_STEPS = 2.0**-8, 4e-6
+FLOAT_STEPS = 4e-6
 
 
 def assert_both(found, gate_up, power_of_two):
@@ -70,63 +72,81 @@ def draw_cache(m, f, seed=0):
     return q, scale, d_h, jnp.asarray(rng.uniform(-1, 1, m), jnp.float32)
 
 
-def assert_gradients(found, q, scale, d_h, weights):
-    """Within a rounding to bfloat16, and the weights' gradient within float32's sums."""
-    true = np.asarray(q, np.float64) * np.repeat(np.asarray(scale, np.float64), 128, axis=1)
-    gate, up = np.split(true, 2, axis=1)
-    d_h = np.asarray(d_h, np.float64)
-    weight = 1 if weights is None else np.asarray(weights, np.float64)[:, None]
-    sigmoid = 1 / (1 + np.exp(-gate))
-    silu = gate * sigmoid
-    d_product = d_h * weight
-    d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))
-    (grad, h, d_weights), f = found, d_h.shape[1]
-    assert grad.dtype == h.dtype == jnp.bfloat16
-    assert_rounded(grad[:, :f], d_gate, np.abs(d_product * up))
-    assert_rounded(grad[:, f:], d_product * silu)
-    assert_rounded(h, silu * up * weight)
-    if weights is None:
-        assert d_weights is None
+def assert_gradients(found, *operands):
+    """Near the reference's, and turned the very values that are found along the rows."""
+    found, expected = SwigluBackward(*found), reference(swiglu_backward, *operands)
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        assert_near(one, other)
+    sizes = operands[4]
+    assert_same_bits(found.grad_t, turned_by_reference(found.grad, sizes))
+    if expected.d_weights is None:
+        assert found.d_weights is None
         return
-    terms = d_h * silu * up
-    error = np.abs(np.asarray(d_weights, np.float64) - terms.sum(axis=1))
-    assert d_weights.shape == weights.shape
+    q, scale, d_h, _, _ = operands
+    terms = np.asarray(d_h, np.float64) * silu_times(q, scale)
+    error = np.abs(np.asarray(found.d_weights, np.float64) - terms.sum(axis=1))
+    assert found.d_weights.shape == expected.d_weights.shape
     assert (error <= FLOAT_STEPS * np.abs(terms).sum(axis=1)).all()
 
 
-def assert_rounded(found, true, terms=0):
-    """To bfloat16, from a float32 sum of terms of about that size."""
-    assert found.shape == true.shape
-    allowed = BF16_ROUNDING * np.abs(true) + FLOAT_STEPS * np.maximum(np.abs(true), terms)
-    assert (np.abs(np.asarray(found, np.float64) - true) <= allowed).all()
+def turned_by_reference(pair, sizes):
+    return reference(requantize_transposed, *pair, sizes, power_of_two=True)
+
+
+def silu_times(q, scale):
+    true = np.asarray(q, np.float64) * np.repeat(np.asarray(scale, np.float64), 128, axis=1)
+    gate, up = np.split(true, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
 
 
 @pytest.mark.parametrize(
-    ("m", "f", "weighted"), [(131, 256, True), (129, 256, False), (1, 128, True), (64, 128, True)]
+    ("m", "f", "weighted", "sizes"),
+    [
+        (131, 256, True, None),
+        (129, 128, False, None),
+        (1, 128, True, None),
+        (300, 128, True, (100, 0, 150, 50)),
+        (150, 256, False, (7, 143)),
+    ],
 )
-def test_backward(m, f, weighted, capsys):
+def test_backward(m, f, weighted, sizes, capsys):
     *operands, weights = draw_cache(m, f)
-    operands.append(weights if weighted else None)
+    operands += [weights if weighted else None, None if sizes is None else jnp.int32(sizes)]
     found = interpreted(sm90_swiglu_backward.backward, *operands, capsys=capsys)
     assert_gradients(found, *operands)
 
 
-def test_backward_keeps_nan_to_its_row(capsys):
-    q, scale, d_h, weights = draw_cache(40, 256)
-    operands = [q, scale.at[3, 0].set(np.nan), d_h.at[17, 200].set(np.nan), weights]
-    operands[-1] = weights.at[30].set(np.nan)
-    found = interpreted(sm90_swiglu_backward.backward, *operands, capsys=capsys)
-    rows = [np.isnan(np.asarray(x, np.float32)).reshape(40, -1).any(1) for x in found]
-    assert [np.flatnonzero(x).tolist() for x in rows] == [[3, 17, 30], [3, 30], [3, 17]]
-    whole = np.delete(np.arange(40), [3, 17, 30])
-    kept = [x[whole] for x in (q, scale, d_h, weights)]
-    assert_gradients([x[whole] for x in found], *kept)
+def test_backward_in_slabs_of_other_heights(capsys):
+    operands = [*draw_cache(140, 128), None]
+    kernel = functools.partial(interpreted, sm90_swiglu_backward.backward, *operands)
+    expected = jax.tree.leaves(kernel(capsys=capsys))
+    for rows, stages in ((16, 4), (8, 2)):
+        found = jax.tree.leaves(kernel(rows=rows, stages=stages, capsys=capsys))
+        assert_same_bits(found[:6], expected[:6])
+
+
+def test_backward_keeps_nan_to_its_group_and_to_rows_of_groups(capsys):
+    """Rows 20 to 39 are the second group's; those behind are no group's."""
+    q, scale, d_h, weights = draw_cache(50, 128)
+    d_h, weights = d_h.at[17, 100].set(np.nan), weights.at[40:].set(np.nan)
+    operands = [q, scale.at[45].set(np.nan), d_h, weights, jnp.int32([20, 20])]
+    found = SwigluBackward(*interpreted(sm90_swiglu_backward.backward, *operands, capsys=capsys))
+    assert np.flatnonzero(np.isnan(found.grad[1][:40]).any(axis=1)).tolist() == [17]
+    assert np.flatnonzero(np.isnan(found.d_weights[:40])).tolist() == [17]
+    for _, turned_scale in (found.grad_t, found.h_t):
+        assert np.isfinite(np.asarray(turned_scale)[:, 1:]).all()
+    own = [x[20:40] for x in operands[:4]]
+    alone = SwigluBackward(*interpreted(sm90_swiglu_backward.backward, *own, None, capsys=capsys))
+    assert_same_bits([x[20:40] for x in found.grad], alone.grad)
+    assert_same_bits([x[:, 128:256] for x in (found.grad_t[0], found.h_t[0])],
+                     [alone.grad_t[0], alone.h_t[0]])  # fmt: skip
 
 
 def shapes(m, f, dtype=jnp.bfloat16):
     of = jax.ShapeDtypeStruct
     cache = [of((m, 2 * f), jnp.float8_e4m3fn), of((m, f // 64), jnp.float32)]
-    return of((m, 2 * f), dtype), [*cache, of((m, f), jnp.bfloat16), of((m,), jnp.float32)]
+    sizes = of((7,), jnp.int32)
+    return of((m, 2 * f), dtype), [*cache, of((m, f), jnp.bfloat16), of((m,), jnp.float32), sizes]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +159,9 @@ def test_lowers_for_cuda(m, f, dtype):
     back = functools.partial(sm90_swiglu_backward.backward, sms=132)
     jax.jit(both).trace(gate_up).lower(lowering_platforms=("cuda",))
     jax.jit(back).trace(*operands).lower(lowering_platforms=("cuda",))
-    jax.jit(lambda *x: back(*x, None)).trace(*operands[:3]).lower(lowering_platforms=("cuda",))
+    jax.jit(lambda *x: back(*x, None, None)).trace(*operands[:3]).lower(
+        lowering_platforms=("cuda",)
+    )
 
 
 def recorded(calls, name, function):
@@ -179,28 +201,42 @@ def test_both_takes_whole_tiles(m, f, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("m", "f", "dtype", "expected"),
+    ("m", "f", "dtype", "recipe", "expected"),
     [
-        (3, 256, jnp.bfloat16, ["backward"]),
-        (3, 256, jnp.float32, []),
-        (3, 144, jnp.bfloat16, []),
-        (0, 256, jnp.bfloat16, []),
+        (3, 256, jnp.bfloat16, V3, ["backward"]),
+        (3, 256, jnp.float32, V3, []),
+        (3, 144, jnp.bfloat16, V3, []),
+        (0, 256, jnp.bfloat16, V3, []),
+        (3, 256, jnp.bfloat16, Recipe(gradient_blocks=True), []),
     ],
 )
-def test_backward_takes_bfloat16_and_whole_tiles(m, f, dtype, expected, monkeypatch):
+def test_backward_takes_bfloat16_and_whole_tiles(m, f, dtype, recipe, expected, monkeypatch):
     calls = []
-    for name in ("both", "transposed"):
-        kind = getattr(quantize, f"quantize_{name}")
-        monkeypatch.setattr(sm90_quantize_transposed, name, recorded([], name, on_cpu(kind)))
-    stand_in = recorded(calls, "backward", by_jnp)
+    for module, name, function in (
+        (sm90_quantize_transposed, "requantize", requantize_transposed),
+        (sm90_quantize, "tiles", quantize_tiles),
+        (sm90_quantize_blocks, "blocks", quantize_blocks),
+    ):
+        stand_in = recorded([], name, functools.partial(on_cpu(function), power_of_two=True))
+        monkeypatch.setattr(module, name, stand_in)
+    stand_in = recorded(calls, "backward", on_cpu(swiglu_backward))
     monkeypatch.setattr(sm90_swiglu_backward, "backward", stand_in)
     monkeypatch.setattr(gemm_backend, "is_hopper", lambda: True)
     q, scale, d_h, weights = draw_cache(m, f)
-    run = swiglu_backward.swiglu_backward
-    found = run(q, scale, d_h.astype(dtype), weights)
+    run = functools.partial(swiglu_backward, q, scale, d_h.astype(dtype), weights, recipe=recipe)
+    found = run()
     assert calls == expected
-    wanted = run(q, scale, d_h.astype(dtype), weights, backend="reference")
-    assert_same_bits(jax.tree.leaves(found), jax.tree.leaves(wanted))
+    assert_same_bits(jax.tree.leaves(found), jax.tree.leaves(run(backend="reference")))
+
+
+def test_backward_refuses():
+    q, scale, d_h, weights = draw_cache(3, 256)
+    with pytest.raises(ValueError, match="weights"):
+        swiglu_backward(q, scale, d_h, weights[:2])
+    with pytest.raises(ValueError, match="group_sizes"):
+        swiglu_backward(q, scale, d_h, weights, jnp.zeros(2))
+    with pytest.raises(ValueError, match="2F is 3"):
+        swiglu_backward(q[:, :3], scale[:, :1], d_h)
 
 
 def test_both_refuses():
@@ -210,10 +246,6 @@ def test_both_refuses():
         swiglu_quantize_both(jnp.zeros((2, 4), jnp.float16))
     with pytest.raises(TypeError, match="not differentiable"):
         jax.grad(lambda x: swiglu_quantize_both(x)[0][1].sum())(jnp.ones((2, 256)))
-
-
-def by_jnp(q, scale, d_h, weights):
-    return swiglu_backward._backward(dequantize(q, scale, jnp.float32), d_h, weights)
 
 
 CARD_SHAPES = [(1, 128), (300, 1408), (1000, 2048), (4099, 256), (20000, 384)]
@@ -244,9 +276,12 @@ def test_card_both(m, f, dtype, power_of_two):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "f"), CARD_SHAPES)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_card_backward(m, f, weighted):
+@pytest.mark.parametrize("groups", [0, 7])
+def test_card_backward(m, f, weighted, groups):
     q, scale, d_h, weights = draw_cache(m, f)
-    operands = q, scale, d_h, weights if weighted else None
+    shares = np.random.default_rng(m).multinomial(m, np.ones(groups) / groups) if groups else None
+    sizes = None if shares is None else jnp.asarray(shares, jnp.int32)
+    operands = q, scale, d_h, weights if weighted else None, sizes
     run = jax.jit(sm90_swiglu_backward.backward)
     found = run(*operands)
     assert_gradients(found, *operands)
@@ -260,7 +295,6 @@ def test_card_without_rows():
     assert product[1].shape == (0, 2)
     assert tiles[1].shape == (0, 4)
     q, scale, d_h, weights = draw_cache(0, 256)
-    run = swiglu_backward.swiglu_backward
-    found = run(q, scale, d_h, weights, backend="mosaic_gpu")
+    found = swiglu_backward(q, scale, d_h, weights, backend="mosaic_gpu")
     assert found.d_weights is not None
     assert found.d_weights.shape == (0,)
