@@ -22,6 +22,7 @@ from pallas_kernels import fp8_gauge
 from pallas_kernels.fp8_layers import fp8_project
 from pallas_kernels.fp8_recipe import V3, Recipe
 from pallas_kernels.fp8_weight import Fp8Weight, quantize_weight
+from pallas_kernels.quantize import TILE
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree
@@ -36,6 +37,8 @@ STACKED = ("dense", "moe")
 """Parts of a model whose parameters have a leading layer axis."""
 
 FP8_WIDTH = 16  # bytes: TMA's unit
+MOST_ADDED = 1 / 16
+"""Zeros that a SwiGLU may be widened by, of its width."""
 FP8_RANKS = {
     "q": (3, 1), "q_down": (2, 1), "q_up": (3, 1), "kv_down": (2, 1), "kv_up": (3, 1),
     "out": (3, 2), "gate_up": (2, 1), "down": (2, 1), "project": (2, 1),
@@ -67,7 +70,7 @@ def fp8_values(params: PyTree[Array]) -> PyTree:
             return None
         groups = master.ndim - rank[0]
         _check_widths(path, master.shape[groups:], rank[1])
-        return quantize_weight(master, groups, rank[1])
+        return quantize_weight(_in_whole_tiles(path, master), groups, rank[1])
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -96,10 +99,33 @@ def fp8_gauges(params: PyTree[Array]) -> PyTree:
 def with_fp8(params: PyTree[Array], gauges: PyTree, values: PyTree, recipe: Recipe = V3) -> PyTree:
     """Parameters in which those that have FP8 values are `Fp8Weight`s."""
 
-    def join(master: jax.Array, gauge: jax.Array, cast: tuple | None) -> Weight:
-        return master if cast is None else Fp8Weight(master, gauge, *cast, recipe)
+    def join(path: tuple, master: jax.Array, gauge: jax.Array, cast: tuple | None) -> Weight:
+        if cast is None:
+            return master
+        return Fp8Weight(_in_whole_tiles(path, master), gauge, *cast, recipe)
 
-    return jax.tree.map(join, params, gauges, values, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_map_with_path(
+        join, params, gauges, values, is_leaf=lambda x: x is None
+    )
+
+
+def _in_whole_tiles(path: tuple, master: jax.Array) -> jax.Array:
+    """With zeros up to whole tiles of SwiGLU's width, where they are few.
+
+    SwiGLU's kernels take no others, and V2-Lite's dense layer is 10944 = 85.5 * 128 wide.
+    """
+    name, last = path[-1].key, [(0, 0)] * (master.ndim - 2)
+    if name not in ("gate_up", "down"):
+        return master
+    width = master.shape[-1] // 2 if name == "gate_up" else master.shape[-2]
+    missing = -width % TILE
+    if missing > width * MOST_ADDED:
+        return master
+    if name == "down":
+        return jnp.pad(master, [*last, (0, missing), (0, 0)])
+    halves = master.reshape(*master.shape[:-1], 2, width)
+    padded = jnp.pad(halves, [*last, (0, 0), (0, 0), (0, missing)])
+    return padded.reshape(*master.shape[:-1], -1)
 
 
 def plain(weight: Weight, dtype: jnp.dtype) -> Float[Array, "..."]:

@@ -12,7 +12,7 @@ from flax import nnx
 from dsjax.model import Transformer
 from dsjax.model.float32 import float32_product
 from dsjax.model.mla import Mla
-from dsjax.model.moe import Mlp, Moe
+from dsjax.model.moe import Mlp, Moe, swiglu
 from dsjax.model.placement import LOCAL
 from dsjax.model.precision import (
     fp8_gauges,
@@ -22,6 +22,7 @@ from dsjax.model.precision import (
     with_fp8,
 )
 from dsjax.model.router import RouterBias
+from pallas_kernels.fp8_layers import fp8_mlp
 from pallas_kernels.fp8_weight import Fp8Weight
 from tests.tiny import CONFIG, random_tokens, random_transformer, randomise
 
@@ -112,6 +113,36 @@ def kept_bytes(layer, x, weights) -> int:
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape not in shapes]
     assert kept
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
+
+
+def with_gradients(layer):
+    """Its result, and the gradient of the sum of its squares."""
+    gradient = jax.grad(lambda *operands: (layer(*operands) ** 2).sum(), (0, 1))
+    return jax.jit(lambda *operands: (layer(*operands), gradient(*operands)))
+
+
+@pytest.mark.parametrize(("width", "cast"), [(2000, 2048), (272, 272)])
+def test_swiglu_is_widened_to_whole_tiles_where_that_adds_little(width, cast):
+    rng = np.random.default_rng(1)
+    params = {
+        "gate_up": jnp.asarray(rng.normal(size=(32, 2 * width)) / 6, jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(width, 32)) / 45, jnp.float32),
+    }
+    x = jnp.asarray(rng.normal(size=(40, 32)), jnp.float32)
+
+    def fp8(params, x):
+        weights = with_fp8(params, fp8_gauges(params), fp8_values(params))
+        return fp8_mlp(x, weights["gate_up"], weights["down"])
+
+    def plain(params, x):
+        return swiglu(x @ params["gate_up"]) @ params["down"]
+
+    shapes = {name: leaf[0].shape for name, leaf in jax.eval_shape(fp8_values, params).items()}
+    assert shapes == {"gate_up": (32, 2 * cast), "down": (cast, 32)}
+    found, expected = (jax.tree.leaves(with_gradients(layer)(params, x)) for layer in (fp8, plain))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative_error(one, other) < 0.12
 
 
 def test_inputs_of_linear_layers_take_about_half_of_bf16s_memory():
