@@ -33,7 +33,7 @@ class Settings:
 
     def cases(self) -> list[tuple[Kind, Shape]]:
         """ValueError for what cannot be run."""
-        small = "16x128x256 g2x16x128x256"
+        small = "--shapes 16x128x256 g2x16x128x256"
         check_settings(self.seconds, bool(self.shapes) or is_gpu(), small)
         return select(self.shapes, self.kinds)
 

@@ -32,7 +32,7 @@ class MlaSettings:
 
     def cases(self) -> list[Case]:
         """ValueError for what cannot be run."""
-        small = "b2xs1xh16xt128 b1xh2xt128 b2xs1xh16xk64"
+        small = "--shapes b2xs1xh16xt128 b1xh2xt128 b2xs1xh16xk64"
         check_settings(self.seconds, bool(self.shapes) or is_gpu(), small)
         return select(self.shapes, self.parts)
 

@@ -11,7 +11,16 @@ from dsjax.bench import mla_plots
 from dsjax.bench.mla import MlaSettings, bench_mla
 from dsjax.bench.mla_records import MlaPeers, records, write_json
 from dsjax.bench.rows import Outcome
-from dsjax.bench.screen import Layout, Record, Screen, beside, micros, print_note, print_table
+from dsjax.bench.screen import (
+    Layout,
+    Record,
+    Screen,
+    beside,
+    micros,
+    print_note,
+    print_table,
+    row_notes,
+)
 from pallas_kernels.device import is_hopper
 
 SAME_RUN, RECORDED = "in this run, us", "recorded, us"
@@ -80,15 +89,5 @@ def print_report(console: Console, outcome: Outcome, found: list[Record]) -> Non
             "recorded: on another H200, sustained, from CUDA graphs, so with the gaps between "
             "kernels; ours timed by 'timeline' are without them"
         )
-    notes += _notes(found)
-    for note in notes:
+    for note in [*notes, *row_notes(found)]:
         print_note(console, note)
-
-
-def _notes(found: list[Record]) -> list[str]:
-    """What the rows say, once for all rows that say the same."""
-    rows: dict[str, list[str]] = {}
-    for record in found:
-        if record["note"]:
-            rows.setdefault(record["note"], []).append(f"{record['kind']} {record['shape']}")
-    return [f"{', '.join(names)}: {note}" for note, names in rows.items()]

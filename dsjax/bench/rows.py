@@ -44,8 +44,8 @@ def check_settings(seconds: float, has_shapes: bool, small: str) -> None:
         raise ValueError(f"seconds is {seconds}: expected a positive number")
     if not has_shapes:
         raise ValueError(
-            "there is no GPU for the default shapes: give small ones, such as --shapes "
-            f"{small}, to time the reference path"
+            f"there is no GPU for the default shapes: give small ones, such as {small}, to time "
+            "the reference path"
         )
 
 

@@ -98,6 +98,15 @@ def print_note(console: Console, note: str) -> None:
     console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
+def row_notes(found: Sequence[Record]) -> list[str]:
+    """What the rows say, once for all rows that say the same."""
+    rows: dict[str, list[str]] = {}
+    for record in found:
+        if record["note"]:
+            rows.setdefault(record["note"], []).append(f"{record['kind']} {record['shape']}")
+    return [f"{', '.join(names)}: {note}" for note, names in rows.items()]
+
+
 def micros(us: float) -> str:
     return f"{us:.2f}" if us < 100 else f"{us:.1f}"
 

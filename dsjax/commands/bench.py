@@ -1,16 +1,20 @@
-"""run.py bench gemm and run.py bench mla."""
+"""run.py bench gemm, run.py bench mla and run.py bench training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from dsjax.commands import FAILED
 from dsjax.commands.folders import RUNS
 from dsjax.commands.terminal import console, hint_at_gpu, say
+
+if TYPE_CHECKING:
+    from dsjax.bench.rows import Outcome
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,64 @@ class BenchMlaCommand:
     more."""
 
 
+@dataclass(frozen=True)
+class BenchTrainingCommand:
+    """Time a training step's casts, SwiGLU, permutation and head beside XLA's own way and the
+    card's ceilings."""
+
+    parts: tuple[Literal["casts", "swiglu", "permute", "head"], ...] = (
+        "casts", "swiglu", "permute", "head",
+    )  # fmt: skip
+    tokens: int = 32768
+    """Of a batch. This and the sizes below are DeepSeek-V2-Lite's by default."""
+    batch: int = 8
+    """Sequences that the tokens make up."""
+    dim: int = 2048
+    experts: int = 64
+    top_k: int = 6
+    """Experts of a token."""
+    expert_hidden: int = 1408
+    shared_hidden: int = 2816
+    """Width of the shared experts together."""
+    vocab_size: int = 102400
+    out: Path = RUNS / "bench_training"
+    """Folder of bench_training.json and training.png."""
+    seconds: float = 0.1
+    """Least time that one reading of a long call lasts; on a GPU its seven parts are 20 ms or
+    more."""
+
+
+Command = BenchGemmCommand | BenchMlaCommand | BenchTrainingCommand
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "gemm": BenchGemmCommand, "mla": BenchMlaCommand, "training": BenchTrainingCommand,
+}  # fmt: skip
+
+
 def run(arguments: list[str]) -> int:
     """Time, print and draw; FAILED if a row is wrong or cannot run, ValueError for bad input."""
-    from dsjax.bench import MlaSettings, Settings, run_gemm, run_mla
-
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"gemm": BenchGemmCommand, "mla": BenchMlaCommand}, args=arguments, prog="run.py bench"
-    )
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="run.py bench")
     hint_at_gpu()
-    if isinstance(command, BenchMlaCommand):
-        settings = MlaSettings(command.shapes, command.parts, command.out, command.seconds)
-        what, (outcome, written) = "rows", run_mla(settings, console)
-    else:
-        settings = Settings(command.shapes, command.kinds, command.out, command.seconds)
-        what, (outcome, written) = "products", run_gemm(settings, console)
+    what, (outcome, written) = _run(command)
     if outcome.interrupted:
         say(f"stopped by Ctrl-C; {what} timed: {len(outcome.rows)}")
     say("wrote " + ", ".join(map(str, written)))
     return FAILED if any(row.failed for row in outcome.rows) else 0
+
+
+def _run(command: Command) -> tuple[str, tuple[Outcome, list[Path]]]:
+    """What its rows are called, and what it found and wrote."""
+    from dsjax import bench
+
+    where = command.out, command.seconds
+    if isinstance(command, BenchGemmCommand):
+        settings = bench.Settings(command.shapes, command.kinds, *where)
+        return "products", bench.run_gemm(settings, console)
+    if isinstance(command, BenchMlaCommand):
+        settings = bench.MlaSettings(command.shapes, command.parts, *where)
+        return "rows", bench.run_mla(settings, console)
+    sizes = bench.Sizes(
+        command.tokens, command.batch, command.dim, command.experts, command.top_k,
+        command.expert_hidden, command.shared_hidden, command.vocab_size,
+    )  # fmt: skip
+    settings = bench.TrainingSettings(command.parts, sizes, *where)
+    return "rows", bench.run_training(settings, console)

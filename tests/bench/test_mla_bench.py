@@ -11,7 +11,8 @@ from rich.console import Console
 import run
 from dsjax.bench import MlaSettings, bench_mla, mla, mla_prefill, mla_report
 from dsjax.bench.ceilings import Ceilings, Device
-from dsjax.bench.mla_check import checked_row, relative_error
+from dsjax.bench.check import relative_error
+from dsjax.bench.mla_check import checked_row
 from dsjax.bench.mla_decode import EQUAL, DecodeRows, Sizes, sizes_of
 from dsjax.bench.mla_prefill import CUDNN
 from dsjax.bench.mla_records import MlaPeers, records
