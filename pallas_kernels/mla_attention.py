@@ -40,7 +40,7 @@ TILE = 128
 def mla_attention(
     q: Float[Array, "*b t h q"],
     k: Float[Array, "*b s h n"],
-    v: Float[Array, "*b s h v"],
+    v: Float[Array, "*b s h v"] | None,
     *,
     scale: float,
     causal: bool = True,
@@ -54,7 +54,9 @@ def mla_attention(
     q [b, t, h, dq], k [b, s, h, dq] and v [b, s, h, dv] share a dtype, bfloat16, float16 or
     float32; out [b, t, h, dv] has it too, lse [b, h, t] is float32. Softmax and sums are float32.
     With k_rope [b, s, r] the last r columns of all heads' keys are k_rope, and k has only the
-    dq - r in front of them; k_rope's gradient is summed over the heads in float32.
+    dq - r in front of them; k_rope's gradient is summed over the heads in float32. Where v is None,
+    k's columns behind those of the keys are the values, as one projection makes both, and the
+    kernels take them apart where they lie.
 
     causal: query i sees keys up to s - t + i, so that the last query sees all. A query that sees
     none gets out 0 and lse +inf. Tokens of packed sequences see their own alone, and the kernels
@@ -76,27 +78,49 @@ def mla_attention(
     dtypes, shapes, scale, sequences or a backend that do not fit; sequences that are being traced
     (under jit) cannot be checked.
     """
-    _check(q, k, v, k_rope, scale, segment_ids, cu_seqlens)
-    kernel = _takes_kernel(backend, q, k, v, k_rope)
+    parts = _parts(q, k, v, k_rope)
+    _check(q, *parts, k_rope, scale, segment_ids, cu_seqlens)
+    kernel = _takes_kernel(backend, q, *parts, k_rope)
+    if v is None and not kernel:
+        k, v = jnp.split(k, [parts[0].shape[-1]], axis=-1)
     if cu_seqlens is not None:
-        q, k, v = q[None], k[None], v[None]
-        k_rope = None if k_rope is None else k_rope[None]
+        q, k = q[None], k[None]
+        k_rope, v = (None if x is None else x[None] for x in (k_rope, v))
     b, t, h, _ = q.shape
-    s, width = v.shape[1], v.shape[-1]
+    s, width = k.shape[1], parts[1].shape[-1]
     packed = segment_ids is not None or cu_seqlens is not None
     how = _How(float(scale), causal and not packed and s == t, kernel)
-    cudnn = backend == "auto" and how.plain and not kernel and mla_attention_cudnn.takes(q, v)
+    takes = mla_attention_cudnn.takes
+    cudnn = backend == "auto" and how.plain and not kernel and takes(q, parts[1])
     low, high = None, None
     if not (how.plain and how.kernel):
         low, high = _intervals(b, t, s, causal, segment_ids, cu_seqlens)
     if b and t and h and s and width:
         out, lse = _attend_padded(how, q, k, k_rope, v, low, high)
-        if cudnn:
+        if cudnn and v is not None:
             out = mla_attention_cudnn.attend_causally(q, k, k_rope, v, scale=how.scale)
     else:
         out = jnp.zeros((b, t, h, width), q.dtype)
         lse = jnp.full((b, h, t), jnp.inf, jnp.float32)
     return (out, lse) if cu_seqlens is None else (out[0], lse[0])
+
+
+def _parts(
+    q: jax.Array, k: jax.Array, v: jax.Array | None, k_rope: jax.Array | None
+) -> tuple[Any, Any]:
+    """Keys and values, or their shapes where they share an array."""
+    if v is not None:
+        return k, v
+    checks.array("q", q, "[..., dq]", *FLOATS)
+    rope = 0 if k_rope is None else k_rope.shape[-1]
+    own = q.shape[-1] - rope
+    values = k.shape[-1] - own
+    if not 0 < own < k.shape[-1]:
+        raise ValueError(
+            f"k is {k.shape} without v: expected dq - r = {own} columns of keys, then the values'"
+        )
+    keys, values = (jax.ShapeDtypeStruct((*k.shape[:-1], n), k.dtype) for n in (own, values))
+    return keys, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +135,7 @@ def _attend_padded(
     q: jax.Array,
     k: jax.Array,
     k_rope: jax.Array | None,
-    v: jax.Array,
+    v: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -120,9 +144,9 @@ def _attend_padded(
     if not how.kernel:
         return _attend(how, q, k, k_rope, v, low, high)
     t = q.shape[1]
-    k_rope = None if k_rope is None else _filled(k_rope)
+    k_rope, v = (None if x is None else _filled(x) for x in (k_rope, v))
     low, high = (None if x is None else _filled(x, mode="edge") for x in (low, high))
-    out, lse = _attend(how, _filled(q), _filled(k), k_rope, _filled(v), low, high)
+    out, lse = _attend(how, _filled(q), _filled(k), k_rope, v, low, high)
     return out[:, :t], lse[..., :t]
 
 
@@ -137,7 +161,7 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     k_rope: jax.Array | None,
-    v: jax.Array,
+    v: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:

@@ -43,17 +43,21 @@ from pallas_kernels.sm90_turns import await_turn, pass_turn
 
 
 def backward(
-    q: jax.Array, k: jax.Array, k_rope: jax.Array | None, v: jax.Array, low: jax.Array | None,
-    high: jax.Array | None, plain: bool, out: jax.Array, lse: jax.Array, d_out: jax.Array,
-    *, scale: float, d_lse: jax.Array | None = None, interpret: Any = None, sms: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
-    """(dq, dk, dk_rope, dv) of `sm90_mla_prefill.forward`, for operands padded as it wants them."""
+    q: jax.Array, k: jax.Array, k_rope: jax.Array | None, v: jax.Array | None,
+    low: jax.Array | None, high: jax.Array | None, plain: bool, out: jax.Array, lse: jax.Array,
+    d_out: jax.Array, *, scale: float, d_lse: jax.Array | None = None, interpret: Any = None,
+    sms: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
+    """(dq, dk, dk_rope, dv) of `sm90_mla_prefill.forward`, for operands padded as it wants them.
+
+    Without v it is None, too: dk has the columns of k.
+    """
     if interpret is None:
         _check_share()
     b, t, h, width = q.shape
     call = Call(
-        heads=h, keys=k.shape[1], q=width, v=v.shape[-1], rope_apart=k_rope is not None,
-        scale=scale, plain=plain, on_device=interpret is None,
+        heads=h, keys=k.shape[1], q=width, v=out.shape[-1], rope_apart=k_rope is not None,
+        packed=v is None, scale=scale, plain=plain, on_device=interpret is None,
     )  # fmt: skip
     work = Work.of(low, high, b, h, t, k.shape[1], plain, sms)
     products = (out.astype(jnp.float32) * d_out).sum(-1)
@@ -80,9 +84,9 @@ def _check_share() -> None:
 
 
 def _launch(
-    call: Call, q: jax.Array, k: jax.Array, k_rope: jax.Array | None, v: jax.Array,
+    call: Call, q: jax.Array, k: jax.Array, k_rope: jax.Array | None, v: jax.Array | None,
     statistics: jax.Array, d_out: jax.Array, work: Work, interpret: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
     b, t, h, _ = q.shape
     operands = dict(q=q, k=k, k_rope=k_rope, v=v, statistics=statistics, d_out=d_out, **work.arrays)
     given = {name: x for name, x in operands.items() if x is not None}
@@ -90,9 +94,10 @@ def _launch(
     keys = (b, k.shape[1], h)
     outputs = dict(
         dq=jax.ShapeDtypeStruct((b, t, h, call.q), jnp.float32),
-        dk=jax.ShapeDtypeStruct((*keys, call.q - call.rope), q.dtype),
-        dv=jax.ShapeDtypeStruct((*keys, call.v), q.dtype),
+        dk=jax.ShapeDtypeStruct((*keys, k.shape[-1]), q.dtype),
     )
+    if v is not None:
+        outputs["dv"] = jax.ShapeDtypeStruct((*keys, call.v), q.dtype)
     if call.rope:
         outputs["d_rope"] = jax.ShapeDtypeStruct((*keys, call.rope), q.dtype)
 
@@ -115,7 +120,7 @@ def _launch(
         ),
     )(*given.values(), turns)
     named = dict(zip(outputs, found, strict=True))
-    return named["dq"], named["dk"], named.get("d_rope"), named["dv"]
+    return named["dq"], named["dk"], named.get("d_rope"), named.get("dv")
 
 
 def _scratch(call: Call) -> dict[str, Any]:
@@ -197,7 +202,8 @@ def _fetch(call: Call, refs: Any, unit: Unit, number: Scalar, done: Scalar) -> N
                 keys = refs.k.at[at[0], rows, at[1], pl.ds(chunk * CHUNK, CHUNK)]
             place = refs.k_s.at[half * call.chunks + chunk]
             plgpu.copy_gmem_to_smem(keys, place, refs.keys_full)
-        values = refs.v.at[at[0], rows, at[1]]
+        v_ref, columns = call.values_in(refs.k, getattr(refs, "v", None))
+        values = v_ref.at[at[0], rows, at[1], columns]
         plgpu.copy_gmem_to_smem(values, refs.v_s.at[half], refs.keys_full)
 
     def step(i: Scalar, _: None) -> None:

@@ -35,6 +35,8 @@ class Call:
     q: int
     v: int
     rope_apart: bool
+    packed: bool
+    """Values stand behind the keys in one array, and so do their gradients."""
     scale: float
     plain: bool
     on_device: bool
@@ -43,6 +45,12 @@ class Call:
     def rope(self) -> int:
         """Columns of the keys' gradients that are apart."""
         return ROPE if self.rope_apart else 0
+
+    def values_in(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """The array in which they are, of keys and values, and their columns."""
+        if not self.packed:
+            return values, pl.ds(0, self.v)
+        return keys, pl.ds(self.q - self.rope, self.v)
 
     @property
     def chunks(self) -> int:
@@ -95,13 +103,14 @@ def differentiate(
         at = unit.batch, pl.ds(unit.tile * KEYS + wg * ROWS, ROWS), unit.head
         zero = opaque_zero(call.on_device)
         values, keys = refs.v_s.at[wg + zero], refs.k_s
-        values[...] = dv.astype(refs.dv.dtype)
+        values[...] = dv.astype(refs.dk.dtype)
         dk = (dk * call.scale).astype(refs.dk.dtype)
         first = wg * call.chunks + zero
         for chunk in range(call.chunks):
             keys.at[first + chunk][...] = dk[:, chunk * CHUNK : (chunk + 1) * CHUNK]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(values, refs.dv.at[at])
+        dv_ref, place = call.values_in(refs.dk, getattr(refs, "dv", None))
+        plgpu.copy_smem_to_gmem(values, dv_ref.at[(*at, place)])
         for chunk in range(call.chunks):
             apart = call.rope and chunk == call.chunks - 1
             columns = pl.ds(chunk * CHUNK, CHUNK)

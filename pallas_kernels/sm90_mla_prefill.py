@@ -38,7 +38,7 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     k_rope: jax.Array | None,
-    v: jax.Array,
+    v: jax.Array | None,
     low: jax.Array | None,
     high: jax.Array | None,
     plain: bool,
@@ -48,15 +48,19 @@ def forward(
     sms: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out [b, t, h, v], lse [b, h, t]) of q [b, t, h, q], k [b, s, h, q - r], k_rope [b, s, r] and
-    v [b, s, h, v], t and s multiples of 128; query i sees keys [low, high)[b, i].
+    v [b, s, h, v], t and s multiples of 128; query i sees keys [low, high)[b, i]. Without v k is
+    [b, s, h, q - r + v], the values behind the keys.
 
     `plain` means causal with t == s in one piece: low and high are not looked at.
     """
     b, t, h, width = q.shape
+    rope = 0 if k_rope is None else k_rope.shape[-1]
+    columns = k.shape[-1] if v is None else k.shape[-1] + v.shape[-1]
+    values = columns - (width - rope)
     sms = sms or schedule.sm_count()
     operands = dict(q=q, k=k, k_rope=k_rope, v=v)
     if plain:
-        operands["table"] = _plain_table(q, k.shape[-1] + v.shape[-1], sms)
+        operands["table"] = _plain_table(q, columns, sms)
     elif low is None or high is None:
         raise ValueError("low and high are missing: only plain attention does without")
     else:
@@ -64,7 +68,7 @@ def forward(
         operands["ends"] = jnp.stack([low, high], 1)
     given = {name: x for name, x in operands.items() if x is not None}
     how = Shape(
-        heads=h, tiles=t // TILE, width=width, rope=width - k.shape[-1], values=v.shape[-1],
+        heads=h, tiles=t // TILE, width=width, rope=rope, values=values, packed=v is None,
         scale=scale, plain=plain, on_device=interpret is None,
     )  # fmt: skip
 
@@ -75,7 +79,7 @@ def forward(
     return plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((b, t, h, v.shape[-1]), q.dtype),
+            jax.ShapeDtypeStruct((b, t, h, values), q.dtype),
             jax.ShapeDtypeStruct((b, h, t), jnp.float32),
         ),
         scratch_types=_scratch(how),
@@ -178,16 +182,20 @@ def _fetch(how: Shape, refs: Refs) -> None:
         def rows(i: Scalar) -> Any:
             return pl.ds((unit.last - 1 - i) * TILE, TILE)
 
+        own = how.width - how.rope
+        v_ref, behind = (refs.k, own) if how.packed else (refs.v, 0)
+
         def load_keys(i: Scalar) -> None:
-            copies = [(refs.k.at[at[0], rows(i), at[1]], refs.k_s, refs.k_full)]
+            keys = refs.k.at[at[0], rows(i), at[1], pl.ds(0, own)]
+            copies = [(keys, refs.k_s, refs.k_full)]
             if how.rope:
                 copies.append((refs.k_rope.at[at[0], rows(i)], refs.rope_s, refs.k_full))
             load(first + i, refs.k_empty, *copies)
 
         def step(i: Scalar, _: None) -> None:
             pl.when(i + 1 < unit.count)(functools.partial(load_keys, i + 1))
-            values = refs.v.at[at[0], rows(i), at[1]], refs.v_s, refs.v_full
-            load(first + i, refs.v_empty, values)
+            values = v_ref.at[at[0], rows(i), at[1], pl.ds(behind, how.values)]
+            load(first + i, refs.v_empty, (values, refs.v_s, refs.v_full))
 
         load_keys(0)
         for wg in range(WARPGROUPS):

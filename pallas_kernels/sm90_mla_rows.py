@@ -63,6 +63,7 @@ class Shape:
     width: int  # of queries
     rope: int  # of the shared part of keys, 0 for none
     values: int
+    packed: bool  # values stand behind the keys in one array
     scale: float
     plain: bool
     on_device: bool

@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from dsjax.config import Model
     from pallas_kernels.mla_decode import Plan
 
-    Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
+    Attention = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 
 def local_attention(
     q: Float[Array, "b t h q"],
-    k: Float[Array, "b t h n"],
-    v: Float[Array, "b t h v"],
+    kv: Float[Array, "b t h n_plus_v"],
     k_rope: Float[Array, "b t r"],
     scale: float,
 ) -> Float[Array, "b t h v"]:
-    """Causal attention of sequences that lie whole on the device, without its logarithms."""
-    return mla_attention(q, k, v, k_rope=k_rope, scale=scale)[0]
+    """Causal attention of sequences that lie whole on the device, without its logarithms.
+
+    kv: of every head the keys' part without position, then the values.
+    """
+    return mla_attention(q, kv, None, k_rope=k_rope, scale=scale)[0]
 
 
 def lies_in_pages(config: Model, latents: Float[Array, "l b s w"]) -> bool:

@@ -32,7 +32,7 @@ POLICIES = {
 }
 
 
-WRITTEN_OUT = 16
+WRITTEN_OUT = 24
 """Most layers of a kind that are not scanned."""
 
 

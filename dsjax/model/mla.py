@@ -108,10 +108,9 @@ class Mla(nnx.Module):
         latent, key = jnp.split(cached, [self.config.kv_lora_rank], axis=-1)
         with jax.named_scope("mla_expand"):
             expanded = project("btc,chy->bthy", latent, self.kv_up[...])
-            k_nope, v = jnp.split(expanded, [self.config.qk_nope_dim], axis=-1)
         with jax.named_scope("mla_attention"):
             q = jnp.concatenate([nope, rope], axis=-1)
-            attended = attention(q, k_nope, v, key, softmax_scale(self.config))
+            attended = attention(q, expanded, key, softmax_scale(self.config))
         return self._project_out(attended), cached
 
     def absorbed(

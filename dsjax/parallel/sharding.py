@@ -66,16 +66,14 @@ def placement_on(mesh: Mesh) -> Placement:
         check_vma=False,
     )
 
-    def attention(
-        q: jax.Array, k: jax.Array, v: jax.Array, k_rope: jax.Array, scale: float
-    ) -> jax.Array:
+    def attention(q: jax.Array, kv: jax.Array, k_rope: jax.Array, scale: float) -> jax.Array:
         return jax.shard_map(
             functools.partial(local_attention, scale=scale),
             mesh=mesh,
             in_specs=P(AXES),
             out_specs=P(AXES),
             check_vma=False,
-        )(q, k, v, k_rope)
+        )(q, kv, k_rope)
 
     return Placement(
         experts=experts,

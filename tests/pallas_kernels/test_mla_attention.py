@@ -148,6 +148,27 @@ def test_shared_rotary_keys_are_copies():
     assert_attends(found, pulled(copied, operands, d_out, d_lse))
 
 
+@pytest.mark.parametrize("rope", [0, 8])
+def test_values_behind_keys_are_values(rope):
+    q, k, v, d_out, d_lse = inputs(40)
+    k_rope = inputs(40, dq=8, seed=9)[0][:, :, 0] if rope else None
+    kv = jnp.concatenate([k[..., : k.shape[-1] - rope], v], axis=-1)
+
+    def together(q, kv):
+        return attend(q, kv, None, k_rope=k_rope)
+
+    def apart(q, kv):
+        k, v = jnp.split(kv, [24 - rope], axis=-1)
+        return attend(q, k, v, k_rope=k_rope)
+
+    found = pulled(together, (q, kv), d_out, d_lse)
+    assert_attends(found, pulled(apart, (q, kv), d_out, d_lse), 0)
+    bounds = jnp.array([0, 15, 40], jnp.int32)
+    packed = [attend(q[0], x[0], y, cu_seqlens=bounds, k_rope=None if k_rope is None else k_rope[0])
+              for x, y in ((kv, None), (kv[..., :-16], v[0]))]  # fmt: skip
+    assert_attends(packed[0], packed[1], 0)
+
+
 def whole(q, k, v, seen):
     """The same in jnp, for JAX to differentiate."""
     scores = jnp.einsum("bihq,bjhq->bhij", q, k, precision="highest") * SCALE
@@ -335,6 +356,7 @@ IDS = jnp.zeros((2, 8), jnp.int32)
         (dict(q=(8, 3, 24)), r"q is float32 \(8, 3, 24\): expected .* \[b, t, h, dq\]"),
         (dict(k_rope=(2, 8, 8)), r"expected float32 \(2, 8, 3, 16\)"),
         (dict(k=(2, 8, 3, 16), k_rope=(2, 7, 8)), r"k_rope is .* expected float32 \(2, 8, 8\)"),
+        (dict(v=None), r"k is \(2, 8, 3, 24\) without v: expected dq - r = 24 columns of keys"),
         (dict(scale=-1.0), "scale is -1.0: expected a positive number"),
         (dict(scale=float("nan")), "scale is nan: expected a positive number"),
         (dict(backend="flash"), "backend is 'flash'"),

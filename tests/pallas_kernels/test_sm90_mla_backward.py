@@ -15,7 +15,14 @@ from pallas_kernels.mla_attention import HOPPER_WIDTHS
 from pallas_kernels.sm90_mla_backward import backward
 from pallas_kernels.sm90_mla_backward_work import KEYS, QUERIES, Work
 from pallas_kernels.sm90_mla_backward_work import _order as in_order
-from tests.pallas_kernels.test_sm90_mla_prefill import causal, draw, packed, scattered, window
+from tests.pallas_kernels.test_sm90_mla_prefill import (
+    causal,
+    draw,
+    joined,
+    packed,
+    scattered,
+    window,
+)
 
 SCALE = 0.2
 
@@ -68,6 +75,20 @@ def assert_near(found, expected, most=8e-3):
 def test_plain(widths, rope):
     asked = problem(256, 256, widths=widths, rope=rope)
     assert_near(interpreted(*asked, plain=True, sms=1), expected_of(*asked))
+
+
+@pytest.mark.parametrize(("widths", "rope"), [((64, 64), 0), ((192, 128), 64)])
+def test_values_behind_keys(widths, rope):
+    """The same bits, dv's behind dk's."""
+    operands, *others = problem(128, 128, widths=widths, rope=rope)
+    apart = interpreted(operands, *others, plain=True, sms=1)
+    found = interpreted(joined(*operands), *others, plain=True, sms=1)
+    for one, other in zip(found, joined(*apart), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(
+                np.asarray(one, np.float32), np.asarray(other, np.float32)
+            )
 
 
 INTERVALS = {
@@ -134,9 +155,10 @@ def test_lowers_for_cuda(widths, rope, plain):
     ends = causal(256, 256)
     out = jax.ShapeDtypeStruct((1, 256, 2, widths[1]), jnp.bfloat16)
     lse = jax.ShapeDtypeStruct((1, 2, 256), jnp.float32)
-    run = functools.partial(gradients, operands, ends, plain=plain, sms=132)
-    text = jax.jit(run).trace(out, lse, out).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+    for given in operands, joined(*operands):
+        run = functools.partial(gradients, given, ends, plain=plain, sms=132)
+        text = jax.jit(run).trace(out, lse, out).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
 
 
 def test_a_share_of_the_device_is_refused(monkeypatch):
@@ -156,8 +178,10 @@ def test_card_plain(t, widths, rope):
     run = jax.jit(functools.partial(gradients, plain=True))
     found, again = run(*asked), run(*asked)
     assert_near(found, expected_of(*asked))
-    for a, b in zip(found, again, strict=True):
+    together = run(joined(*asked[0]), *asked[1:])
+    for a, b, c in zip(joined(*found), joined(*again), together, strict=True):
         assert a is None or (np.asarray(a, np.float32) == np.asarray(b, np.float32)).all()
+        assert a is None or (np.asarray(a, np.float32) == np.asarray(c, np.float32)).all()
 
 
 @pytest.mark.gpu

@@ -27,6 +27,11 @@ def draw(t, s, b=1, h=2, widths=(64, 64), rope=0, seed=0, size=1.0):
     return q, k, k_rope if rope else None, v
 
 
+def joined(q, k, k_rope, v):
+    """With the values behind the keys."""
+    return q, jnp.concatenate([k, v], axis=-1), k_rope, None
+
+
 def packed(lengths, is_causal=True):
     """The intervals of sequences behind one another."""
     ends = np.repeat(np.cumsum(lengths), lengths)
@@ -108,6 +113,14 @@ def test_plain(widths, rope, t, sms):
     operands = draw(t, t, widths=widths, rope=rope)
     expected = mla_attention_reference.forward(*operands, *causal(t, t), scale=0.2)
     assert_agrees(interpreted(operands, None, sms), expected)
+
+
+@pytest.mark.parametrize(("widths", "rope"), [((192, 128), 64), ((64, 64), 0)])
+def test_values_behind_keys(widths, rope):
+    operands = draw(128, 128, widths=widths, rope=rope)
+    found, apart = (interpreted(x, None, 2) for x in (joined(*operands), operands))
+    for one, other in zip(found, apart, strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.slow
@@ -216,7 +229,8 @@ def test_lowers_for_cuda(widths, rope, plain):
     operands = draw(t, s, widths=widths, rope=rope)
     ends = (None, None) if plain else causal(t, s)
     run = functools.partial(forward, plain=plain, scale=0.2, sms=132)
-    jax.jit(run).trace(*operands, *ends).lower(lowering_platforms=("cuda",))
+    for given in operands, joined(*operands):
+        jax.jit(run).trace(*given, *ends).lower(lowering_platforms=("cuda",))
 
 
 def assert_close(found, expected, least, relative, cosine):
@@ -236,8 +250,12 @@ def on_card(q, k, k_rope, v, **options):
     scale = q.shape[-1] ** -0.5
     run = functools.partial(mla_attention, q, k, v, k_rope=k_rope, scale=scale, **options)
     found, again = run(backend="mosaic_gpu"), run(backend="mosaic_gpu")
-    for a, b in zip(found, again, strict=True):
+    q, kv, *_ = joined(q, k, k_rope, v)
+    options |= dict(k_rope=k_rope, scale=scale, backend="mosaic_gpu")
+    together = mla_attention(q, kv, None, **options)
+    for a, b, c in zip(found, again, together, strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(c, np.float32))
     expected = run(backend="reference")
     assert_close(found[0], expected[0], 8e-4, 2.01 / 128, 5e-6)
     assert_close(found[1], expected[1], 1e-6, 8.01 / 65536, 5e-6)
