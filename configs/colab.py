@@ -1,4 +1,4 @@
-"""470M parameters (125M active) in BF16 for a GPU of 16 to 24 GiB without FP8: T4, L4, A10G.
+"""490M parameters (130M active) in BF16 for a GPU of 16 to 24 GiB without FP8: T4, L4, A10G.
 
     python3 -m uv run --extra gpu run.py train configs/colab.py
 

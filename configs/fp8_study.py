@@ -1,4 +1,4 @@
-"""470M parameters (125M active) in BF16 and FP8 on the same text: what FP8 costs in quality.
+"""490M parameters (130M active) in BF16 and FP8 on the same text: what FP8 costs in quality.
 
     python3 -m uv run --extra gpu run.py precision configs/fp8_study.py
 

@@ -68,7 +68,10 @@ def _swiglu_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array | N
     gate, up = _halves(gate_up)
     grad, sigmoid = grad.astype(jnp.float32), jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_weights = None if weights is None else (grad * silu * up).sum(axis=-1)
+    d_weights = None
+    if weights is not None:
+        # Without the barrier XLA adds up a row in one thread, inside of what takes the sums.
+        d_weights = jax.lax.optimization_barrier((grad * silu * up).sum(axis=-1))
     grad = _weighted(grad, weights)
     d_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
     d_gate_up = jnp.concatenate([d_gate, grad * silu], axis=-1).astype(gate_up.dtype)
@@ -91,6 +94,12 @@ def _add_up(rows: jax.Array, order: Order) -> jax.Array:
     return combine_rows(rows, order.slots, None)
 
 
+@jax.custom_vjp
+def _by_row(weights_TK: jax.Array, order: Order) -> jax.Array:
+    """Of each row its choice's weight; backward each choice takes its row's, too."""
+    return weights_TK.reshape(-1)[order.choices]
+
+
 _copy_out.defvjp(
     lambda x, order: (_copy_out(x, order), order),
     lambda order, grad: (_add_up(grad, order), None),
@@ -98,6 +107,12 @@ _copy_out.defvjp(
 _add_up.defvjp(
     lambda rows, order: (_add_up(rows, order), order),
     lambda order, grad: (_copy_out(grad, order), None),
+)
+
+
+_by_row.defvjp(
+    lambda weights, order: (_by_row(weights, order), order),
+    lambda order, grad: (grad[order.slots], None),
 )
 
 
@@ -119,7 +134,7 @@ def local_experts(
     with jax.named_scope("dispatch"):
         order = kept(sort_by_expert(experts_TK, gate_up.shape[0]))
         rows = _copy_out(x_TD, order)
-        weights = weights_TK.reshape(-1).at[order.choices].get(unique_indices=True)
+        weights = _by_row(weights_TK, order)
     with jax.named_scope("routed_experts"):
         inner = kept(grouped_gemm(rows, gate_up, order.sizes))
         hidden = swiglu(inner, weights)
