@@ -38,8 +38,8 @@ class Rows(NamedTuple):
         return self._multiply(dy, (weight.q, weight.scale), weight)
 
     def weight_gradient(self, x_t: Pair, dy_t: Pair, weight: Fp8Weight) -> Float[Array, "..."]:
-        """x.T @ dy of transposed operands, as the master has it."""
-        how: Any = dict(sum_bits=weight.recipe.sum_bits, backend=self.backend)
+        """x.T @ dy of transposed operands, rounded like other results, as the master has it."""
+        how: Any = dict(out_dtype=self.dtype, sum_bits=weight.recipe.sum_bits, backend=self.backend)
         if self.sizes is None:
             found = fp8_wgrad(*x_t, *dy_t, **how)
         else:

@@ -21,7 +21,6 @@ ROWS = 64  # a block's, in products that have their groups in the rows
 
 typed = functools.partial(jax.jit, static_argnames="out_dtype")
 typed_fp8 = functools.partial(jax.jit, static_argnames=("out_dtype", "sum_bits"))
-summed = functools.partial(jax.jit, static_argnames="sum_bits")
 
 
 @typed_fp8
@@ -53,22 +52,23 @@ def fp8_masked(
     return _first_rows(out, counts)
 
 
-@summed
+@typed_fp8
 def fp8_wgrad(
     a: Array, a_scale: Array, b: Array, b_scale: Array, accumulate: Array | None,
-    sum_bits: int | None = None,
+    out_dtype: DTypeLike, sum_bits: int | None = None,
 ) -> Array:  # fmt: skip
-    return _plus(_dot(dequantise(a, a_scale), dequantise(b, b_scale), sum_bits), accumulate)
+    out = _dot(dequantise(a, a_scale), dequantise(b, b_scale), sum_bits)
+    return _plus(out, accumulate).astype(out_dtype)
 
 
-@summed
+@typed_fp8
 def fp8_grouped_wgrad(
     a: Array, a_scale: Array, b: Array, b_scale: Array, group_sizes: Array,
-    accumulate: Array | None, sum_bits: int | None = None,
+    accumulate: Array | None, out_dtype: DTypeLike, sum_bits: int | None = None,
 ) -> Array:  # fmt: skip
     whole = ceil_div(group_sizes, BLOCK) * BLOCK
     x, y = dequantise(a, a_scale).T, dequantise(b, b_scale).T
-    return _plus(_outer(x, y, whole, sum_bits), accumulate)
+    return _plus(_outer(x, y, whole, sum_bits), accumulate).astype(out_dtype)
 
 
 @typed

@@ -114,10 +114,10 @@ def fp8_masked(
     return out[:, :m, :n]
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def fp8_wgrad(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array,
-    accumulate: jax.Array | None, sum_bits: int | None = None,
+    accumulate: jax.Array | None, out_dtype: Any, sum_bits: int | None = None,
 ) -> jax.Array:  # fmt: skip
     (m, k), n = a.shape, b.shape[0]
     rows, depth = _rows(m), _up(k, BLOCK)
@@ -126,15 +126,15 @@ def fp8_wgrad(
         _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
         _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols), None, _init(accumulate),
         kind="dense", tile=replace(sm90_tiles.BY_ROW, sum_bits=sum_bits),
-        out_dtype=jnp.float32, sms=SMS,
+        out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[0, :m, :n]
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=(6, 7))
 def fp8_grouped_wgrad(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array,
-    accumulate: jax.Array | None, sum_bits: int | None = None,
+    accumulate: jax.Array | None, out_dtype: Any, sum_bits: int | None = None,
 ) -> jax.Array:  # fmt: skip
     m, n = a.shape[0], b.shape[0]
     rows, cols = _rows(m), _up(n, 8)
@@ -142,7 +142,7 @@ def fp8_grouped_wgrad(
         _pad(a, rows=rows)[None], _row_scales(a_scale, rows),
         _pad(b, rows=cols)[None], _row_scales(b_scale, cols), sizes, _init(accumulate),
         kind="k_grouped", tile=replace(sm90_tiles.BY_ROW, sum_bits=sum_bits),
-        out_dtype=jnp.float32, sms=SMS,
+        out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[:, :m, :n]
 

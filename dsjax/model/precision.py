@@ -5,8 +5,10 @@ matrix product goes through `project`, the one door at which a format is chosen.
 
 FP8 is DeepSeek-V3's recipe (report, section 3.3): all three products of every linear layer and
 expert in e4m3, inputs and gradients with a scale for 1 x 128, weights for 128 x 128, the input
-behind attention with powers of two for scales. V3 keeps that input in E5M6; ours stays e4m3.
-Weights are cast once a step, `fp8_values`, and meet their masters in `with_fp8`.
+behind attention with powers of two for scales. V3 keeps that input in E5M6; ours stays e4m3. V3's
+weight gradients are float32; ours leave their product in BF16, as without FP8, and are summed over
+micro-batches in float32. Weights are cast once a step, `fp8_values`, and meet their masters in
+`with_fp8`.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ def by_group(operands):
     return np.stack([left[:, columns] @ right[:, columns].T for columns in groups])
 
 
+def same_rounded(found, exact):
+    return found.dtype == jnp.bfloat16 and (found == exact.astype(jnp.bfloat16)).all()
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 8, 16), (7, 72, 144), (130, 136, 128), (33, 576, 1008)]
 )
@@ -41,6 +45,7 @@ def test_dense(m, n, k):
     out = fp8_wgrad(*operands)
     assert out.dtype == jnp.float32
     assert relative_error(out, expected) <= 2e-6
+    assert same_rounded(fp8_wgrad(*operands, out_dtype=jnp.bfloat16), out)
     more = jnp.asarray(np.random.default_rng(0).normal(size=(m, n)) * 1e4, jnp.float32)
     assert relative_error(fp8_wgrad(*operands, accumulate=more), expected + more) <= 2e-6
 
@@ -52,6 +57,7 @@ def test_grouped_columns_behind_may_hold_anything(sizes):
     out = fp8_grouped_wgrad(*operands)
     assert out.dtype == jnp.float32
     assert relative_error(out, expected) <= 2e-6
+    assert same_rounded(fp8_grouped_wgrad(*operands, out_dtype=jnp.bfloat16), out)
     more = jnp.full(expected.shape, 1e4, jnp.float32)
     assert relative_error(fp8_grouped_wgrad(*operands, accumulate=more), expected + more) <= 2e-6
     assert not np.any(np.asarray(out)[np.array(sizes) == 0])
@@ -97,6 +103,8 @@ def test_no_groups():
         ({"b_scale": jnp.zeros((1, 1))}, r"b_scale is float32 \(1, 1\): expected .* \(8, 1\)"),
         ({"accumulate": jnp.zeros((8, 4))}, r"accumulate is float32 \(8, 4\): .* \(4, 8\)"),
         ({"accumulate": jnp.zeros((4, 8), jnp.bfloat16)}, "accumulate is bfloat16"),
+        ({"accumulate": jnp.zeros((4, 8)), "out_dtype": jnp.bfloat16}, "out_dtype is bfloat16"),
+        ({"out_dtype": jnp.float16}, "out_dtype is float16"),
         (dict(zip(NAMES, fp8_columns(4, 8, 120), strict=False)), "K is 120: .* of 16"),
         ({"backend": "cublas"}, "backend is 'cublas'"),
     ],

@@ -162,6 +162,7 @@ def test_wgrad(m, n, k):
     operands = products.fp8_columns(m, n, k)
     assert_agrees(fp8_wgrad, operands, FP8_SUMS)
     assert_agrees(fp8_wgrad, operands, FP8_SUMS, accumulate=jnp.ones((m, n)))
+    assert_agrees(fp8_wgrad, operands, BF16_ROUNDING, out_dtype=jnp.bfloat16)
 
 
 @on_gpu
@@ -172,6 +173,7 @@ def test_grouped_wgrad(m, n, sizes):
     assert_agrees(fp8_grouped_wgrad, operands, FP8_SUMS)
     more = jnp.ones((len(sizes), m, n))
     assert_agrees(fp8_grouped_wgrad, operands, FP8_SUMS, accumulate=more)
+    assert_agrees(fp8_grouped_wgrad, operands, BF16_ROUNDING, out_dtype=jnp.bfloat16)
 
 
 @on_gpu
