@@ -78,8 +78,30 @@ def _blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     slot = jnp.arange(m) - (end - sizes)[group] + (block_end - blocks)[group] * rows
     owner = jnp.minimum(jnp.searchsorted(block_end, jnp.arange(count), side="right"), groups - 1)
     padded = jnp.zeros((count * rows, k), x.dtype).at[slot].set(x, unique_indices=True)
-    out = jnp.einsum("amk,akn->amn", padded.reshape(count, rows, k), w[owner], precision=_exact(x))
+    out = jnp.einsum(
+        "amk,akn->amn", padded.reshape(count, rows, k), _for_blocks(w, owner), precision=_exact(x)
+    )
     return out.reshape(count * rows, n).at[slot].get(unique_indices=True)
+
+
+@jax.custom_vjp
+def _for_blocks(w: jax.Array, owner: jax.Array) -> jax.Array:
+    """Every block's matrix. Gradients of a group's blocks are added up by a product: in float32,
+    and, unlike in memory, in the same order each time."""
+    return w[owner]
+
+
+def _for_blocks_bwd(saved: tuple, grad: jax.Array) -> tuple[jax.Array, None]:
+    w, owner = saved
+    of_group = (jnp.arange(len(w))[:, None] == owner).astype(grad.dtype)
+    summed = jnp.einsum(
+        "ga,akn->gkn", of_group, grad, precision=_exact(grad),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return summed.astype(grad.dtype), None
+
+
+_for_blocks.defvjp(lambda w, owner: (_for_blocks(w, owner), (w, owner)), _for_blocks_bwd)
 
 
 def _mosaic_takes(x: jax.Array, w: jax.Array) -> bool:

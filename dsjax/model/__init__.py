@@ -2,6 +2,7 @@
 
 from dsjax.model.attention import local_attention
 from dsjax.model.block import LatentCache
+from dsjax.model.embedding import look_up
 from dsjax.model.moe import Experts, local_experts
 from dsjax.model.placement import LOCAL, Placement
 from dsjax.model.router import RouterBias, RouterStats
@@ -17,4 +18,5 @@ __all__ = [
     "Transformer",
     "local_attention",
     "local_experts",
+    "look_up",
 ]

@@ -68,8 +68,10 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens)[0])
 
     @jax.named_scope("embed")
-    def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        return self.embed[...][tokens].astype(compute_dtype(self.precision))
+    def embedded(
+        self, tokens: Int[Array, "b t"], placement: Placement = LOCAL
+    ) -> Float[Array, "b t d"]:
+        return placement.look_up(self.embed[...], tokens, compute_dtype(self.precision))
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... p"]:
@@ -93,7 +95,8 @@ class Transformer(nnx.Module):
         turn = rotation(self.config, _positions(following[0])) if self.mtp else None
         depths, stats = [], []
         for mtp, tokens in zip(self.mtp, following, strict=True):
-            hidden, routed = placement.gather(mtp)(hidden, self.embedded(tokens), turn, placement)
+            embedded = self.embedded(tokens, placement)
+            hidden, routed = placement.gather(mtp)(hidden, embedded, turn, placement)
             depths.append(hidden)
             stats.append(routed)
         return depths, jax.tree.map(lambda *leaf: jnp.stack(leaf), *stats) if stats else None
@@ -135,7 +138,7 @@ class Transformer(nnx.Module):
     def _layers(
         self, tokens: Int[Array, "b t"], placement: Placement, remat: Remat, keep_latents: bool
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "l b t w"]], RouterStats | None]:
-        x = placement.spread(self.embedded(tokens))
+        x = placement.spread(self.embedded(tokens, placement))
         turn = rotation(self.config, _positions(tokens))
 
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, tuple]:

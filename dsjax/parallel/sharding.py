@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsjax.model import LOCAL, Placement, local_attention, local_experts
+from dsjax.model import LOCAL, Placement, local_attention, local_experts, look_up
 from dsjax.model.precision import STACKED
 from dsjax.parallel.mesh import AXES
 
@@ -75,9 +75,19 @@ def placement_on(mesh: Mesh) -> Placement:
             check_vma=False,
         )(q, kv, k_rope)
 
+    def look_up_own(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+        return jax.shard_map(
+            functools.partial(look_up, dtype=dtype),
+            mesh=mesh,
+            in_specs=(P(), P(AXES)),
+            out_specs=P(AXES),
+            check_vma=False,
+        )(table, tokens)
+
     return Placement(
         experts=experts,
         attention=attention,
+        look_up=look_up_own,
         gather=gather,
         spread=lambda x: jax.lax.with_sharding_constraint(x, spread),
     )

@@ -106,3 +106,23 @@ def test_bias_moves_by_its_speed_towards_even_load_in_each_layer(whole, tiny_run
     # No row could be mistaken for another.
     assert len({row.tobytes() for row in expected}) == 3
     np.testing.assert_array_equal(biases(whole.state), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_no_sum_depends_on_the_order_of_memory(tiny_run, precision):
+    """A scatter that adds floats where several may meet gives other bits each time on a GPU."""
+    widths = {"kv_lora_rank": 32, "qk_nope_dim": 16, "qk_rope_dim": 16, "v_dim": 16}
+    run = tiny_run(precision=precision, model=widths)
+    state = jax.eval_shape(lambda: module.initial_state(run))
+    program = jax.make_jaxpr(build_step(run))(state, tokens(0)[None], jnp.int32(1))
+    sums = [eqn for eqn in every(program.jaxpr) if eqn.primitive.name == "scatter-add"]
+    floats = [eqn for eqn in sums if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)]
+    assert sums
+    assert all(eqn.params["unique_indices"] for eqn in floats)
+
+
+def every(jaxpr) -> Iterator:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from every(inner)
