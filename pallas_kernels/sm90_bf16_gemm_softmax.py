@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +60,6 @@ class _Gemm:
     rows: int
     n: int
     blocks: int
-    turns: bool
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         tiles = extent(self.tile, self.n, self.blocks)
@@ -95,31 +93,10 @@ class _Gemm:
             targets = plgpu.load(rows, layout=WGMMA.reduce(1), optimized=False)
             products = functools.partial(self.products, refs, wg, work, step)
             total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.n), jnp.float32))
-            self.in_turn(refs, wg, step, lambda: self.take(refs, wg, row, col, total, targets))
+            self.take(refs, wg, row, col, total, targets)
 
-        def pass_over() -> None:
-            release(refs, tile, work, step)
-            self.in_turn(refs, wg, step, lambda: None)
-
-        lax.cond(work.end > row, compute, pass_over)
+        lax.cond(work.end > row, compute, lambda: release(refs, tile, work, step))
         return step + work.blocks
-
-    def in_turn(self, refs: Refs, wg: Scalar, step: Scalar, act: Callable[[], None]) -> None:
-        """One warpgroup after the other, so that one takes exponentials while the other multiplies.
-
-        Together they would leave the tensor core idle; the one that comes first gets ahead in the
-        ring of stages, and stays ahead.
-        """
-        if not self.turns:
-            act()
-            return
-
-        @pl.when((wg > 0) | (step > 0))
-        def _() -> None:
-            plgpu.barrier_wait(refs.turn.at[wg])
-
-        act()
-        plgpu.barrier_arrive(refs.turn.at[1 - wg])
 
     def products(self, refs: Refs, wg: Scalar, work: Work, step: Scalar, acc: Any) -> jax.Array:
         tile = self.tile
@@ -160,25 +137,24 @@ class _Gemm:
             full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             empty=empty_barriers(tile),
             **out_buffers(tile, bf16, False),
-            **(dict(turn=plgpu.Barrier(num_barriers=2)) if self.turns else {}),
         )
 
 
 def bf16_gemm_softmax(
     a: jax.Array, b: jax.Array, targets: jax.Array, *, sms: int, tile: Tile = TILE,
-    turns: bool = True, interpret: Any = None,
+    interpret: Any = None,
 ) -> Powers:  # fmt: skip
     """Of a [M, K], b [K, N] and int32 targets [M]: M is a multiple of 8, K of 64, N of the tile's
     width; the tile is one product across."""
     (m, k), n = a.shape, b.shape[1]
-    gemm = _Gemm(tile, m, n, k // BLOCK, turns and tile.warpgroups == 2)
+    gemm = _Gemm(tile, m, n, k // BLOCK)
     tiles = extent(tile, n, gemm.blocks)
     row_tiles = -(-m // tiles.rows)
     targets = jnp.pad(targets, (0, row_tiles * tiles.rows - m), constant_values=-1)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         named = dict(zip(("a", "b", "targets", *Powers._fields), refs, strict=True))
-        _run(gemm, Refs(**named, **scratch, on_device=interpret is None))
+        sm90_launch._run(gemm, Refs(**named, **scratch, on_device=interpret is None))
 
     by_tile = jax.ShapeDtypeStruct((tiles.col_tiles, m), jnp.float32)
     by_row = jax.ShapeDtypeStruct((m,), jnp.float32)
@@ -199,15 +175,6 @@ def bf16_gemm_softmax(
         ),
     )(a, b, targets)
     return Powers(*out)
-
-
-def _run(gemm: _Gemm, refs: Refs) -> None:
-    sm90_launch._run(gemm, refs)
-    if gemm.turns:
-
-        @pl.when(lax.axis_index("wg") == 0)
-        def _() -> None:
-            plgpu.barrier_wait(refs.turn.at[0])  # the turn handed over last
 
 
 def store_hits(

@@ -35,7 +35,8 @@ from pallas_kernels.sm90_quantize_transposed import (
 )
 from pallas_kernels.sm90_tile import keep_row_major
 
-ROWS, STAGES = 32, 3  # of a slab; slabs on their way
+ROWS, STAGES = 16, 2  # of a slab; slabs on their way
+CTAS = 3  # on an SM: a thread needs 165 registers
 SPACE = 64  # floats of a slab, up to 3 before, to whole lines of 128 bytes
 GATE, UP, H, SUMS = range(4)
 Pair = tuple[jax.Array, jax.Array]  # values and scales
@@ -43,8 +44,8 @@ Pair = tuple[jax.Array, jax.Array]  # values and scales
 
 def backward(
     q: jax.Array, scale: jax.Array, d_h: jax.Array, weights: jax.Array | None,
-    sizes: jax.Array | None, *, rows: int = ROWS, stages: int = STAGES, sms: int | None = None,
-    interpret: Any = None,
+    sizes: jax.Array | None, *, rows: int = ROWS, stages: int = STAGES, most_ctas: int = CTAS,
+    sms: int | None = None, interpret: Any = None,
 ) -> tuple[Pair, Pair, Pair, jax.Array | None]:  # fmt: skip
     """gate_up's gradient, its transpose, h's times the weights, and the weights' gradient [M].
 
@@ -75,7 +76,7 @@ def backward(
     out += [jax.ShapeDtypeStruct((walk.cols, m), jnp.float32)] if weighted else []
     grad, grad_scale, grad_t, grad_t_scale, h_t, h_t_scale, *sums = launch(
         body, *operands, *operands_of(sizes), name="swiglu_backward", units=walk.units, sms=sms,
-        interpret=interpret, out=out,
+        interpret=interpret, out=out, most_ctas=most_ctas,
         smem=dict(
             q_s=((stages, rows, 2, TILE), E4M3), scale_s=((stages, 3, SPACE), jnp.float32),
             d_h_s=((stages, rows, TILE), d_h.dtype), tile_s=((3, TILE, TILE), E4M3),

@@ -140,7 +140,7 @@ def build_step(
 
 
 def _losses_of_fp8(gauges: PyTree) -> dict[str, jax.Array]:
-    """Means over all weights of the shares of zeros, and the values that overflowed in all."""
+    """Means over all weights of the shares of zeros, and the tiles that overflowed in all."""
     counts = jnp.concatenate([leaf.reshape(-1, GAUGES) for leaf in jax.tree.leaves(gauges)])
     inputs, gradients, overflow = counts.T
     return {
@@ -148,7 +148,7 @@ def _losses_of_fp8(gauges: PyTree) -> dict[str, jax.Array]:
         "fp8_zero_inputs_most": inputs.max(),
         "fp8_zero_gradients": gradients.mean(),
         "fp8_zero_gradients_most": gradients.max(),
-        "fp8_overflowed_values": overflow.sum(),
+        "fp8_overflowed_tiles": overflow.sum(),
     }
 
 

@@ -45,7 +45,7 @@ class Curve:
     held_out: float | None
     """Nats a token at the end, if the run got there."""
     overflowed: float | None
-    """Values that were not finite in FP8, all steps together; None without FP8."""
+    """Tiles that were not finite in FP8, all steps together; None without FP8."""
 
     @property
     def smoothed(self) -> np.ndarray:
@@ -77,8 +77,8 @@ def read_curve(folder: Path, name: str) -> Curve | None:
     if not steps:
         return None
     evals = [record for record in records if record["kind"] == "eval"]
-    counted = [record["fp8_overflowed_values"] for record in steps
-               if "fp8_overflowed_values" in record]  # fmt: skip
+    counted = [record["fp8_overflowed_tiles"] for record in steps
+               if "fp8_overflowed_tiles" in record]  # fmt: skip
     return Curve(
         name,
         np.array([record["step"] for record in steps]),
@@ -108,7 +108,7 @@ def write_study(curves: Mapping[str, Curve], path: Path) -> Path:
         row = {
             "name": curve.name, "steps": int(curve.steps[-1]),
             "smoothed_loss": float(curve.smoothed[-1]), "held_out_loss": curve.held_out,
-            "overflowed_values": curve.overflowed,
+            "overflowed_tiles": curve.overflowed,
         }  # fmt: skip
         if BASE in curves and curve.name != BASE:
             apart = difference(curve, curves[BASE])

@@ -25,6 +25,7 @@ from tests.products import COLUMN_GROUPS, counts, relative_error
 on_gpu = pytest.mark.gpu
 
 FP8_SUMS, BF16_SUMS, BF16_ROUNDING = 1e-3, 5e-5, 3e-3
+BF16_STEP = 2.0**-8  # one number of few may be rounded the other way
 """Relative error that a kernel may have: float32 out of FP8 or BF16 operands, bfloat16 out.
 
 The tensor core keeps fewer bits than float32 of the sum of 128 FP8 products: 1.3e-4 on an H200.
@@ -162,7 +163,7 @@ def test_wgrad(m, n, k):
     operands = products.fp8_columns(m, n, k)
     assert_agrees(fp8_wgrad, operands, FP8_SUMS)
     assert_agrees(fp8_wgrad, operands, FP8_SUMS, accumulate=jnp.ones((m, n)))
-    assert_agrees(fp8_wgrad, operands, BF16_ROUNDING, out_dtype=jnp.bfloat16)
+    assert_agrees(fp8_wgrad, operands, BF16_STEP, out_dtype=jnp.bfloat16)
 
 
 @on_gpu
@@ -173,7 +174,7 @@ def test_grouped_wgrad(m, n, sizes):
     assert_agrees(fp8_grouped_wgrad, operands, FP8_SUMS)
     more = jnp.ones((len(sizes), m, n))
     assert_agrees(fp8_grouped_wgrad, operands, FP8_SUMS, accumulate=more)
-    assert_agrees(fp8_grouped_wgrad, operands, BF16_ROUNDING, out_dtype=jnp.bfloat16)
+    assert_agrees(fp8_grouped_wgrad, operands, BF16_STEP, out_dtype=jnp.bfloat16)
 
 
 @on_gpu

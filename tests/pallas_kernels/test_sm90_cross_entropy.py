@@ -26,6 +26,7 @@ ROUNDING = 2e-3
 of powers and its own, the hidden states' a third."""
 
 SUMS = 2e-5
+CUT = 5e-6  # of a large sum: tensor cores cut digits off where float32 rounds
 """Absolute error of float32 sums of up to 128 products, some of them 50."""
 
 
@@ -154,21 +155,20 @@ def test_refused_where_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize(
     ("m", "d", "p"), [(8, 64, 256), (136, 2048, 2560), (1000, 512, 10_240), (4096, 2048, 102_400)]
 )
-@pytest.mark.parametrize("turns", [True, False])
-def test_kernel_on_a_card(m, d, p, turns):
+def test_kernel_on_a_card(m, d, p):
     a, b, targets = draw(m, d, p)
-    found = bf16_gemm_softmax(a, b, targets, sms=132, turns=turns)
-    again = bf16_gemm_softmax(a, b, targets, sms=132, turns=turns)
+    found = bf16_gemm_softmax(a, b, targets, sms=132)
+    again = bf16_gemm_softmax(a, b, targets, sms=132)
     logits = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
     assert all(np.array_equal(x, y) for x, y in zip(found, again, strict=True))
     x = (logits * LOG2E).reshape(m, -1, 256)
     most = x.max(axis=-1)
     powers = jnp.exp2(x - most[..., None])
     scale = d**0.5
-    np.testing.assert_allclose(found.most, most.T, atol=SUMS * scale)
+    np.testing.assert_allclose(found.most, most.T, rtol=CUT, atol=SUMS * scale)
     np.testing.assert_allclose(found.sums, powers.sum(axis=-1).T, rtol=SUMS * scale)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(found.hits, chosen, atol=SUMS * scale)
+    np.testing.assert_allclose(found.hits, chosen, rtol=CUT, atol=SUMS * scale)
     apart = jnp.linalg.norm(found.powers.astype(jnp.float32).reshape(x.shape) - powers)
     assert float(apart / jnp.linalg.norm(powers)) <= ROUNDING
 

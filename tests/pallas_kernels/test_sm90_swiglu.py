@@ -17,6 +17,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.fp8_recipe import V3, Recipe
 from pallas_kernels.quantize import (
+    dequantize,
     quantize_blocks,
     quantize_tiles,
     requantize_transposed,
@@ -76,7 +77,7 @@ def assert_gradients(found, *operands):
     """Near the reference's, and turned the very values that are found along the rows."""
     found, expected = SwigluBackward(*found), reference(swiglu_backward, *operands)
     for one, other in zip(found[:3], expected[:3], strict=True):
-        assert_near(one, other)
+        assert_near_powers(one, other)
     sizes = operands[4]
     assert_same_bits(found.grad_t, turned_by_reference(found.grad, sizes))
     if expected.d_weights is None:
@@ -87,6 +88,17 @@ def assert_gradients(found, *operands):
     error = np.abs(np.asarray(found.d_weights, np.float64) - terms.sum(axis=1))
     assert found.d_weights.shape == expected.d_weights.shape
     assert (error <= FLOAT_STEPS * np.abs(terms).sum(axis=1)).all()
+
+
+def assert_near_powers(found, expected):
+    """`assert_near`, but a tile whose largest value lies at a power's edge may take the next."""
+    ratio = np.asarray(found[1]) / np.asarray(expected[1])
+    assert np.isin(ratio, [0.5, 1, 2]).all()
+    assert np.mean(ratio != 1) <= 1e-4
+    one, other = (np.asarray(dequantize(*x, jnp.float32, block_rows=1)) for x in (found, expected))
+    least = 2.0**-8 * np.repeat(np.asarray(expected[1]), 128, axis=1)[:, : one.shape[1]]
+    assert (np.abs(one - other) <= 0.126 * np.abs(other) + least).all()
+    assert np.mean(one != other) <= 1e-2
 
 
 def turned_by_reference(pair, sizes):
@@ -120,7 +132,7 @@ def test_backward_in_slabs_of_other_heights(capsys):
     operands = [*draw_cache(140, 128), None]
     kernel = functools.partial(interpreted, sm90_swiglu_backward.backward, *operands)
     expected = jax.tree.leaves(kernel(capsys=capsys))
-    for rows, stages in ((16, 4), (8, 2)):
+    for rows, stages in ((32, 3), (8, 2)):
         found = jax.tree.leaves(kernel(rows=rows, stages=stages, capsys=capsys))
         assert_same_bits(found[:6], expected[:6])
 

@@ -21,7 +21,7 @@ from dsjax.train.runtime import Runtime, load_corpus
 FITTING = {"kv_lora_rank": 32, "qk_nope_dim": 16, "qk_rope_dim": 16, "v_dim": 16}
 COUNTS = {
     "fp8_zero_inputs", "fp8_zero_inputs_most", "fp8_zero_gradients", "fp8_zero_gradients_most",
-    "fp8_overflowed_values",
+    "fp8_overflowed_tiles",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_and_counts_what_fp8_loses(
     for record, other in zip(records(part), records(tmp_path / "straight"), strict=True):
         assert record.keys() >= COUNTS
         assert {name: record[name] for name in COUNTS} == {name: other[name] for name in COUNTS}
-        assert record["fp8_overflowed_values"] == 0
+        assert record["fp8_overflowed_tiles"] == 0
         assert 0 < record["fp8_zero_inputs"] <= record["fp8_zero_inputs_most"] < 0.1
         assert 0 < record["fp8_zero_gradients"] <= record["fp8_zero_gradients_most"] < 0.5
     model, _ = load_run(part)

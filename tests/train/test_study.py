@@ -13,7 +13,7 @@ from dsjax.train.study_picture import draw_study
 
 def write_run(folder, losses, held_out=None, overflowed=None):
     folder.mkdir()
-    more = {} if overflowed is None else {"fp8_overflowed_values": overflowed}
+    more = {} if overflowed is None else {"fp8_overflowed_tiles": overflowed}
     lines = [
         {"kind": "train", "step": step, "loss": loss, **more}
         for step, loss in enumerate(losses, start=1)
