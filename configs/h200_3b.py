@@ -1,9 +1,10 @@
-"""DeepSeek-V2-Lite cut to 6 layers: 3.4B parameters on one H200, batch 8 x 4096, bf16.
+"""DeepSeek-V2-Lite cut to 6 layers: 3.4B parameters on one H200, batch 8 x 4096, FP8.
 
     python3 -m uv run --extra gpu run.py train configs/h200_3b.py
 
 Byte-level text by default (ids below 260 of the vocabulary of 102,400): give --data.tokenizer a
-tokenizer.json to train a model worth keeping. One H200: 82,400 tokens/s, 94.2 GiB.
+tokenizer.json to train a model worth keeping. One H200: 130,800 tokens/s and 46.9 GiB, and with
+--precision bf16 110,700 and 61.4; other GPUs have no FP8 kernels here.
 """
 
 from dsjax.config import Balance, Data, Model, Optimizer, Run, Train, Yarn
@@ -12,7 +13,7 @@ from dsjax.config import Balance, Data, Model, Optimizer, Run, Train, Yarn
 def recipe() -> Run:
     return Run(
         name="h200_3b",
-        precision="bf16",
+        precision="fp8",
         model=Model(
             vocab_size=102400, dim=2048, layers=6, dense_layers=1, heads=16, q_lora_rank=None,
             dense_hidden=10944, expert_hidden=1408, experts=64, shared_experts=2, top_k=6,
