@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 import run
 from dsjax.checkpoint import CheckpointStore, saving
-from dsjax.commands import COMMANDS, FAILED, folders
+from dsjax.commands import COMMANDS, folders
 from dsjax.data import JsonTokenizer, read_corpus, train_bpe
 from dsjax.hf import from_pretrained
 from dsjax.hf.folder import Folder
@@ -293,17 +292,6 @@ def test_convert_of_a_damaged_config(refused, tmp_path):
     assert "config.json" in refused("convert", folder, tmp_path / "out")
 
 
-def test_profile_of_no_steps(refused, recipe, tmp_path):
-    assert "steps is 0" in refused("profile", recipe, "--steps", 0, "--out", tmp_path / "out")
-    assert "top is 0" in refused("profile", recipe, "--top", 0, "--out", tmp_path / "out")
-
-
-def test_profile_of_nothing(refused, recipe, tmp_path):
-    assert "there is no recipe" in refused("profile", tmp_path / "nothing.py")
-    (tmp_path / "file").touch()
-    assert "file" in refused("profile", recipe, "--out", tmp_path / "file" / "out")
-
-
 def test_info_of_nothing(refused, tmp_path):
     assert "there is no recipe" in refused("info", tmp_path / "nothing.py")
 
@@ -355,32 +343,6 @@ def test_train_reports_and_prints_a_sample(works, recipe, tmp_path):
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-def test_profile_prints_and_writes_where_a_step_goes(works, recipe, tmp_path):
-    text = works("profile", recipe, "--steps", 1, "--top", 3, "--out", tmp_path / "out")
-    for words in ("tokens/s", "memory of one device", "moments", "where a traced step goes",
-                  "experts, grouped matmul", "the 3 longest operations"):  # fmt: skip
-        assert words in text
-    found = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert (found["steps"], found["tokens"]) == (1, 8 * 32)
-    assert (tmp_path / "out" / "profile.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_profile_ends_after_the_step_in_which_ctrl_c_came(recipe, tmp_path, monkeypatch, capfd):
-    step = runtime.Runtime.compile_step
-
-    def compile_step(*arguments: object) -> object:
-        signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(runtime.Runtime, "compile_step", compile_step)
-    status = run.main(["profile", recipe, "--steps", "2", "--out", str(tmp_path / "out")])
-    assert status == FAILED
-    out, err = capfd.readouterr()
-    assert err.strip() == "interrupted"
-    assert "timing" not in out
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_generate_continues_the_prompt_the_same_way_each_time(works, trained):
     arguments = ("generate", "--model", trained, "--prompt", "to be", "--max-new-tokens", 8)
     first = works(*arguments)
@@ -404,42 +366,6 @@ def test_tokenize_writes_what_train_accepts(works, recipe, words, tmp_path):
     out = tmp_path / "run"
     works("train", recipe, "--out", out, "--sample", 0, "--data.tokenizer", path)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 10
-
-
-def test_compare_draws_both_recipes(works, words, tmp_path, recipe):
-    recipes = [write_recipe(tmp_path / f"{name}.py", words, name) for name in ("one", "two")]
-    text = works("compare", *recipes, "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("one", "two"):
-        assert (tmp_path / "out" / name / "metrics.jsonl").is_file()
-        assert f" {name} " in text
-
-
-FITTING = [
-    "--model.kv-lora-rank", "32", "--model.qk-nope-dim", "16", "--model.qk-rope-dim", "16",
-    "--model.v-dim", "16",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_precision_compares_variants_and_trains_none_twice(works, recipe, tmp_path):
-    out = tmp_path / "study"
-    command = ["precision", recipe, "--out", out, *FITTING, "--train.steps", 4]
-    text = works(*command, "--variants", "bf16", "fp8")
-    assert "variant fp8 in" in text
-    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
-    rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["runs"]}
-    assert list(rows) == ["bf16", "fp8"]
-    assert 0 < rows["fp8"]["most"] < 0.05
-    again = works(*command, "--variants", "bf16", "fp8")
-    assert "variant bf16 is done" in again
-    assert "variant fp8 is done" in again
-
-
-def test_precision_refuses_an_unknown_variant(recipe, capfd):
-    with pytest.raises(SystemExit):
-        run.main(["precision", recipe, "--variants", "fp4"])
-    assert "fp4" in capfd.readouterr().err
 
 
 def test_fp8_needs_widths_that_fit(refused, recipe, tmp_path):
