@@ -165,15 +165,17 @@ def shapes(m, f, dtype=jnp.bfloat16):
     ("m", "f", "dtype"),
     [(130, 1408, jnp.bfloat16), (1, 128, jnp.float32), (8192, 2048, jnp.float32)],
 )
-def test_lowers_for_cuda(m, f, dtype):
-    gate_up, operands = shapes(m, f, dtype)
+def test_both_lowers_for_cuda(m, f, dtype):
     both = functools.partial(sm90_quantize_swiglu.swiglu_both, power_of_two=True, sms=132)
+    jax.jit(both).trace(shapes(m, f, dtype)[0]).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(("m", "f", "count"), [(130, 1408, 5), (1, 128, 3)])
+def test_backward_lowers_for_cuda(m, f, count):
+    """With weights and groups, and with neither."""
+    operands = [*shapes(m, f)[1][:count], *[None] * (5 - count)]
     back = functools.partial(sm90_swiglu_backward.backward, sms=132)
-    jax.jit(both).trace(gate_up).lower(lowering_platforms=("cuda",))
     jax.jit(back).trace(*operands).lower(lowering_platforms=("cuda",))
-    jax.jit(lambda *x: back(*x, None, None)).trace(*operands[:3]).lower(
-        lowering_platforms=("cuda",)
-    )
 
 
 def recorded(calls, name, function):
