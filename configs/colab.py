@@ -3,7 +3,8 @@
     python3 -m uv run --extra gpu run.py train configs/colab.py
 
 Bytes of Python's standard library by default: give --data.paths your own text. The batch is worked
-through in four parts, and a layer's norms, up-projections and SwiGLU are computed again.
+through in four parts, and a layer's norms, up-projections and SwiGLU are computed again. It has not
+run on such a GPU yet.
 """
 
 from dsjax.config import Data, Model, Optimizer, Run, Train
