@@ -168,6 +168,8 @@ class Data:
     """Share of files kept for evaluation, chosen by a hash of their content."""
     fim_rate: float = 0.0
     """Share of training documents rearranged for fill-in-the-middle (PSM); V3 used 0.1."""
+    seed: int | None = None
+    """Of the text's order; None takes train.seed, which draws the first weights too."""
 
     def __post_init__(self) -> None:
         _require(self.seq_len >= 2, f"seq_len is {self.seq_len}: it must be at least 2")
@@ -344,6 +346,10 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     precision: Precision = "bf16"
     fp8: Fp8 = field(default_factory=Fp8)
+
+    @property
+    def data_seed(self) -> int:
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     def __post_init__(self) -> None:
         _one_of(self, "precision", Precision)

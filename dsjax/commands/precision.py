@@ -17,8 +17,9 @@ from dsjax.config import Run
 from dsjax.train.study import BASE, Curve, difference, read_curve, variant, write_study
 
 Variant = Literal[
-    "bf16", "bf16_again", "bf16_other_seed", "fp8", "fp8_unpromoted", "fp8_gradient_blocks"
-]
+    "bf16", "bf16_again", "bf16_other_seed", "bf16_other_weights",
+    "fp8", "fp8_unpromoted", "fp8_gradient_blocks",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class PrecisionCommand:
 
     run: Annotated[Run, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     variants: tuple[Variant, ...] = (
-        "bf16", "bf16_again", "bf16_other_seed", "fp8", "fp8_unpromoted", "fp8_gradient_blocks",
+        "bf16", "bf16_again", "bf16_other_seed", "bf16_other_weights",
+        "fp8", "fp8_unpromoted", "fp8_gradient_blocks",
     )  # fmt: skip
     """fp8_unpromoted keeps 13 bits of sums from one 128 of K to the next, as the tensor core would;
     fp8_gradient_blocks has a scale for 128 x 128 of gradients."""

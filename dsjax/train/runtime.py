@@ -34,7 +34,7 @@ class Corpus:
 
 def load_corpus(run: Run) -> Corpus:
     """Read and encode the run's text; ValueError if the model cannot take the tokenizer's ids."""
-    train, held_out, tokenizer = load_corpus_tokens(run.data, run.train.seed)
+    train, held_out, tokenizer = load_corpus_tokens(run.data, run.data_seed)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"the tokenizer {run.data.tokenizer!r} has {tokenizer.vocab_size} tokens and the model "
@@ -56,7 +56,7 @@ class Runtime:
         self._step = build_step(run, placement)
         self.evaluate = build_evaluate(run, corpus.held_out, self._put_sequences, placement)
         self.stream = TrainStream(
-            corpus.train, run.data.seq_len, run.train, run.train.seed,
+            corpus.train, run.data.seq_len, run.train, run.data_seed,
             jax.process_index(), jax.process_count(),
         )  # fmt: skip
 

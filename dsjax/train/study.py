@@ -2,7 +2,7 @@
 
 The measure is V3's (report, appendix B.1): the relative difference of the training loss to BF16's
 at the same step, both smoothed. Seeds, batches and initial weights are the same, but for the
-variant that shows what another seed does.
+variants that show what others do: another seed for both, and other weights on the same batches.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ VARIANTS: dict[str, Callable[[Run], Run]] = {
     "bf16_again": lambda run: replace(run, precision="bf16"),
     "bf16_other_seed": lambda run: replace(
         run, precision="bf16", train=replace(run.train, seed=run.train.seed + 1)
+    ),
+    "bf16_other_weights": lambda run: replace(
+        run,
+        precision="bf16",
+        train=replace(run.train, seed=run.train.seed + 1),
+        data=replace(run.data, seed=run.data_seed),
     ),
     "fp8": lambda run: replace(run, precision="fp8"),
     "fp8_unpromoted": lambda run: replace(run, precision="fp8", fp8=Fp8(sum_bits=13)),

@@ -1,12 +1,14 @@
 """The precision study: its variants, and the arithmetic of how far losses are apart."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dsjax.config import Fp8
 from dsjax.train.metrics import JSONL
+from dsjax.train.runtime import Runtime, load_corpus
 from dsjax.train.study import BASE, VARIANTS, difference, read_curve, variant, write_study
 from dsjax.train.study_picture import draw_study
 
@@ -33,10 +35,14 @@ def test_variants_differ_in_precision_alone(tiny_run):
     assert found["fp8"].fp8 == Fp8()
     assert found["fp8_unpromoted"].fp8 == Fp8(sum_bits=13)
     assert found["fp8_gradient_blocks"].fp8 == Fp8(gradient_blocks=True)
-    assert found["bf16_other_seed"].train.seed != run.train.seed
     for name, made in found.items():
-        assert (made.model, made.data, made.optimizer) == (run.model, run.data, run.optimizer)
+        assert (made.model, made.data.paths, made.optimizer) == (
+            run.model, run.data.paths, run.optimizer,
+        )  # fmt: skip
         assert made.name == name
+        seeds = (made.train.seed != run.train.seed, made.data_seed != run.data_seed)
+        others = {"bf16_other_seed": (True, True), "bf16_other_weights": (True, False)}
+        assert seeds == others.get(name, (False, False)), name
 
 
 def test_an_unknown_variant_is_refused(tiny_run):
@@ -69,3 +75,13 @@ def test_a_run_that_ended_early_is_compared_as_far_as_it_got(tmp_path):
     assert short.held_out is None
     assert short.overflowed == 20
     assert read_curve(tmp_path / "nothing", "nothing") is None
+
+
+def test_other_weights_meet_the_same_batches(tiny_run):
+    def first_batch(name):
+        run = variant(replace(tiny_run(), precision="bf16"), name)
+        return Runtime(run, load_corpus(run)).stream.batch(0)
+
+    base = first_batch(BASE)
+    np.testing.assert_array_equal(first_batch("bf16_other_weights"), base)
+    assert (first_batch("bf16_other_seed") != base).any()
