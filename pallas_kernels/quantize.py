@@ -248,7 +248,7 @@ def rmsnorm_quantize(
     if _use_kernel(backend, x, "K", x.shape[1], RMSNORM_MOST):
         from pallas_kernels import sm90_quantize_rmsnorm
 
-        return sm90_quantize_rmsnorm.rmsnorm(x, weight, eps, power_of_two=power_of_two)
+        return sm90_quantize_rmsnorm.rmsnorm(x, weight, eps=eps, power_of_two=power_of_two)
     values = x.astype(jnp.float32)
     variance = jnp.mean(values * values, axis=1, keepdims=True)
     return _tiles(values * lax.rsqrt(variance + eps) * weight.astype(jnp.float32), power_of_two)

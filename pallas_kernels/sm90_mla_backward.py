@@ -42,6 +42,7 @@ from pallas_kernels.sm90_tile import swizzled
 from pallas_kernels.sm90_turns import await_turn, pass_turn
 
 
+@functools.partial(jax.jit, static_argnames=("plain", "scale", "interpret", "sms"))
 def backward(
     q: jax.Array, k: jax.Array, k_rope: jax.Array | None, v: jax.Array | None,
     low: jax.Array | None, high: jax.Array | None, plain: bool, out: jax.Array, lse: jax.Array,

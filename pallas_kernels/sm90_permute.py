@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_permute_scales import Batches, Gathered, Scalar, Spread, inside
 
 SMEM_OF_SM, SMEM_RESERVED = 228 << 10, 2 << 10  # the latter a CTA: the driver's and barriers
@@ -39,6 +40,7 @@ class Ring(NamedTuple):
 RING = Ring()
 
 
+@lowered_once
 def gather(
     x: jax.Array, rows: jax.Array, *, ring: Ring = RING, sms: int | None = None,
     interpret: Any = None,
@@ -47,6 +49,7 @@ def gather(
     return _gather("gather_rows", x, None, rows, ring, sms, interpret)[0]
 
 
+@lowered_once
 def gather_quantized(
     q: jax.Array, scale: jax.Array, rows: jax.Array, *, ring: Ring = RING, sms: int | None = None,
     interpret: Any = None,
@@ -56,6 +59,7 @@ def gather_quantized(
     return q, scale.T
 
 
+@lowered_once
 def spread(
     x: jax.Array, slots: jax.Array, *, ring: Ring = RING, sms: int | None = None,
     interpret: Any = None,
@@ -64,6 +68,7 @@ def spread(
     return _spread("spread_rows", x, None, slots, ring, sms, interpret)[0]
 
 
+@lowered_once
 def spread_quantized(
     q: jax.Array, scale: jax.Array, slots: jax.Array, *, ring: Ring = RING, sms: int | None = None,
     interpret: Any = None,

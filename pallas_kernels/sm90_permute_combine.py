@@ -17,12 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import ceil_div
+from pallas_kernels.lowered_once import lowered_once
 
 THREADS, VECTOR = 128, 8  # the latter: bfloat16 in 16 bytes
 AT_ONCE, TOGETHER = 12 << 10, 4  # elements on their way to a CTA; pieces of tokens it sums up
 Scalar = Any
 
 
+@lowered_once
 def combine(
     y: jax.Array, slots: jax.Array, weights: jax.Array | None, *, at_once: int = AT_ONCE,
     together: int = TOGETHER, interpret: Any = None,

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 
 from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, tile_scale
 from pallas_kernels.sm90_tile import keep_row_major, pieces
 
@@ -32,6 +33,7 @@ Scalar = Any
 LINE = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of [128]: one element a thread
 
 
+@lowered_once
 def tiles(
     x: jax.Array, *, power_of_two: bool, sms: int | None = None, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -43,6 +45,7 @@ def tiles(
     return _rows(x[:, None], cast, power_of_two, "quantize_tiles", sms, interpret)
 
 
+@lowered_once
 def swiglu(
     gate_up: jax.Array, *, power_of_two: bool, sms: int | None = None, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE
 from pallas_kernels.sm90_quantize import (
     STAGE_BYTES,
@@ -34,6 +35,7 @@ from pallas_kernels.sm90_tile import keep_row_major
 Place = tuple[Scalar, Scalar, Scalar]  # group, tile of rows, tile of columns
 
 
+@lowered_once
 def blocks(
     w: jax.Array, *, power_of_two: bool, transposed: bool = False, sms: int | None = None,
     interpret: Any = None,

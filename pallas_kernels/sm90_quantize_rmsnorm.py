@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, scale_of
 from pallas_kernels.sm90_quantize import launch, stream
 from pallas_kernels.sm90_tile import keep_row_major
@@ -28,8 +29,9 @@ STAGE_BYTES, MOST_BYTES = 32 << 10, 96 << 10  # of x in shared memory: aimed at,
 HELD = 64  # elements a thread holds at a time
 
 
+@lowered_once
 def rmsnorm(
-    x: jax.Array, weight: jax.Array, eps: float, *, power_of_two: bool, sms: int | None = None,
+    x: jax.Array, weight: jax.Array, *, eps: float, power_of_two: bool, sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`rmsnorm_quantize` of x [M, K], K % 16 == 0; K % 128 != 0 costs a copy."""

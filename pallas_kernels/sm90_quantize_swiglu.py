@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, tile_scale
 from pallas_kernels.sm90_quantize import LINE, launch, rows_layout, silu_times, stream
 from pallas_kernels.sm90_tile import keep_row_major
@@ -23,6 +24,7 @@ ROWS, STAGES, CTAS = 32, 2, 3
 Pair = tuple[jax.Array, jax.Array]  # values and scales
 
 
+@lowered_once
 def swiglu_both(
     gate_up: jax.Array, *, power_of_two: bool, rows: int = ROWS, stages: int = STAGES,
     most_ctas: int = CTAS, sms: int | None = None, interpret: Any = None,

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3, ceil_div
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, padded_rows, tile_scale
 from pallas_kernels.sm90_quantize import (
     LINE,
@@ -110,6 +111,7 @@ class Walk:
         return start, lax.select(outside, jnp.int32(self.m), rows + size), cursor
 
 
+@lowered_once
 def both(
     x: jax.Array, sizes: jax.Array | None, *, power_of_two: bool, sms: int | None = None,
     interpret: Any = None,
@@ -119,6 +121,7 @@ def both(
     return q, scale.T, q_t, scale_t.T
 
 
+@lowered_once
 def transposed(
     x: jax.Array, sizes: jax.Array | None, *, power_of_two: bool, sms: int | None = None,
     interpret: Any = None,
@@ -193,6 +196,7 @@ def _from_floats(
     )  # fmt: skip
 
 
+@lowered_once
 def requantize(
     q: jax.Array, scale: jax.Array, sizes: jax.Array | None, *, power_of_two: bool,
     sms: int | None = None, interpret: Any = None,

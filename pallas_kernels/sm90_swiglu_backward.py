@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.checks import E4M3
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, tile_scale
 from pallas_kernels.sm90_quantize import LINE, Scalar, launch, rows_layout, store_line, store_rows
 from pallas_kernels.sm90_quantize_transposed import (
@@ -42,6 +43,7 @@ GATE, UP, H, SUMS = range(4)
 Pair = tuple[jax.Array, jax.Array]  # values and scales
 
 
+@lowered_once
 def backward(
     q: jax.Array, scale: jax.Array, d_h: jax.Array, weights: jax.Array | None,
     sizes: jax.Array | None, *, rows: int = ROWS, stages: int = STAGES, most_ctas: int = CTAS,

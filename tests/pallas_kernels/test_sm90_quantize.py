@@ -224,6 +224,16 @@ def test_lowers_for_cuda(name, m, k, dtype):
     jax.jit(kernel).trace(*operands).lower(lowering_platforms=("cuda",))
 
 
+def test_equal_calls_share_what_is_lowered():
+    def twice(x):
+        tiles = functools.partial(sm90_quantize.tiles, power_of_two=True, sms=132)
+        return tiles(x), tiles(x + 1)
+
+    x = jax.ShapeDtypeStruct((130, 256), jnp.bfloat16)
+    lowered = jax.jit(twice).trace(x).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
 def test_rmsnorm_lowers_at_its_limit():
     test_lowers_for_cuda("rmsnorm", 100, 16384, jnp.float32)
 
