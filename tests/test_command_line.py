@@ -13,7 +13,7 @@ import pytest
 
 import run
 from dsjax.checkpoint import CheckpointStore, saving
-from dsjax.commands import COMMANDS, folders
+from dsjax.commands import COMMANDS, folders, terminal
 from dsjax.data import JsonTokenizer, read_corpus, train_bpe
 from dsjax.hf import from_pretrained
 from dsjax.hf.folder import Folder
@@ -372,6 +372,13 @@ def test_fp8_needs_widths_that_fit(refused, recipe, tmp_path):
     text = refused("train", recipe, "--out", tmp_path / "run", "--precision", "fp8")
     assert "kv_down is 32 wide in and 20 out" in text
     assert "multiples of 16" in text
+
+
+def test_simulated_fp8_is_said_to_be(capsys):
+    terminal.hint_at_simulated_fp8("bf16")
+    assert not capsys.readouterr().out
+    terminal.hint_at_simulated_fp8("fp8")
+    assert "simulated here" in capsys.readouterr().out
 
 
 def test_default_folder_is_the_next_free_one_or_the_last_to_resume(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import tyro
 
 from dsjax.commands.folders import RUNS
 from dsjax.commands.recipes import take_recipe
-from dsjax.commands.terminal import console, hint_at_gpu, say
+from dsjax.commands.terminal import console, hint_at_gpu, hint_at_simulated_fp8, say
 from dsjax.config import Run
 
 
@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"top is {command.top}: print at least 1 operation")
     out = command.out or RUNS / f"profile_{command.run.name}"
     hint_at_gpu()
+    hint_at_simulated_fp8(command.run.precision)
     out.mkdir(parents=True, exist_ok=True)
     found = profile(command.run, command.steps, say)
     print_report(console, found, command.top)

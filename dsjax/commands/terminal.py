@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from pallas_kernels.device import is_hopper
+
 console = Console()
 
 
@@ -19,5 +21,15 @@ def hint_at_gpu() -> None:
         console.print(
             "this machine has an NVIDIA driver but jax sees no GPU: install it with "
             "`python3 -m uv run --extra gpu run.py ...`",
+            style="yellow",
+        )
+
+
+def hint_at_simulated_fp8(precision: str) -> None:
+    """Say that FP8 is slow where there are no kernels for it."""
+    if precision == "fp8" and not is_hopper():
+        console.print(
+            "FP8 is simulated here, slowly: its kernels need a Hopper GPU (H100, H200); "
+            "--precision bf16 runs at full speed",
             style="yellow",
         )

@@ -10,7 +10,7 @@ import tyro
 
 from dsjax.commands.folders import default_folder
 from dsjax.commands.recipes import take_recipe
-from dsjax.commands.terminal import console, hint_at_gpu, say
+from dsjax.commands.terminal import console, hint_at_gpu, hint_at_simulated_fp8, say
 from dsjax.config import Run
 
 
@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> int:
     )
     out = command.out or default_folder(command.run.name, command.resume)
     hint_at_gpu()
+    hint_at_simulated_fp8(command.run.precision)
     say(f"run {command.run.name} in {out}")
     outcome = train(command.run, out, resume=command.resume, console=console)
     if outcome.stopped_by:
