@@ -73,8 +73,8 @@ def _run(gemm: Gemm, refs: Refs) -> None:
     def _() -> None:
         if tile.registers:
             plgpu.set_max_registers(tile.registers[0], action="increase")
-        if hasattr(refs, "rows_smem"):
-            keep_row_major(refs.rows_smem.at[wg])
+        if refs.on_device and hasattr(refs, "rows_smem"):
+            keep_row_major(refs.rows_smem)
         gemm.walk(sizes, lambda work, step: gemm.multiply(refs, wg, work, step))
         plgpu.wait_smem_to_gmem(0)
 

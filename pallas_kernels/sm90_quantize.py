@@ -30,6 +30,7 @@ WARPS, LANES = 4, 32
 SMEM_OF_SM, SMEM_RESERVED = 228 << 10, 5 << 10  # the latter a CTA: the driver's, barriers, scratch
 STAGE_BYTES = 64 << 10  # of x that a CTA keeps in shared memory
 Scalar = Any
+Count = int | Scalar  # TILE itself where every tile is known to be whole
 LINE = plgpu.Layout.WG_STRIDED((TILE,), 1)  # of [128]: one element a thread
 
 
@@ -93,11 +94,12 @@ def _rows(
             write_tile(q, q_s)
             plgpu.copy_smem_to_gmem(q_s, q_ref.at[pl.ds(row, TILE), pl.ds(col * TILE, TILE)])
             store_line(
-                scale, line_s.at[0], lax.min(jnp.int32(TILE), m - row),
+                scale, line_s.at[0], count_from(row, m),
                 lambda start, size: scale_ref.at[col, pl.ds(row + start, size)],
             )  # fmt: skip
 
-        keep_row_major(x_s, q_s)
+        if interpret is None:
+            keep_row_major(x_s, q_s)
         stream(units, stages, fetch, work, locate)
 
     units = ceil_div(m, TILE) * cols
@@ -139,7 +141,21 @@ def write_tile(q: jax.Array, q_s: Any) -> None:
     plgpu.commit_smem()
 
 
-def store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) -> None:
+def count_from(start: Scalar, size: int) -> Count:
+    """How many of `size` the tile of 128 from `start` on holds."""
+    return TILE if size % TILE == 0 else lax.min(jnp.int32(TILE), size - start)
+
+
+def _whole_or(valid: Count, whole: Callable[[], None], part: Callable[[], None]) -> None:
+    """One of the two; Mosaic takes long over the parts, which are left out where they can be."""
+    if isinstance(valid, int):
+        whole()
+        return
+    pl.when(valid == TILE)(whole)
+    pl.when(valid < TILE)(part)
+
+
+def store_rows(q_s: Any, valid: Count, q_ref: Any, start: Scalar, col: Scalar) -> None:
     """The first `valid` rows of q_s to tile `col` of the rows from `start`, after a commit_smem."""
 
     def store(first: Scalar, size: int) -> None:
@@ -149,8 +165,7 @@ def store_rows(q_s: Any, valid: Scalar, q_ref: Any, start: Scalar, col: Scalar) 
         out = q_ref.at[pl.ds(start + first, size), pl.ds(col * TILE, TILE)]
         plgpu.copy_smem_to_gmem(q_s.at[pl.ds(first, size)], out)
 
-    pl.when(valid == TILE)(lambda: store(0, TILE))
-    pl.when(valid < TILE)(lambda: pieces(valid, TILE // 2, store))
+    _whole_or(valid, lambda: store(0, TILE), lambda: pieces(valid, TILE // 2, store))
 
 
 def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> None:
@@ -172,26 +187,26 @@ def store_row(smem: Any, out: Any, which: Scalar, row: Scalar, col: Scalar) -> N
 
 
 def store_line(
-    line: jax.Array, scratch: Any, valid: Scalar, at: Callable[[Scalar, int], Any]
+    line: jax.Array, scratch: Any, valid: Count, at: Callable[[Scalar, int], Any]
 ) -> None:
     """The first `valid` elements of `line` [128] go to `at(start, size)`, references in parts."""
 
-    @pl.when(valid == TILE)
-    def _():
+    def whole() -> None:
         at(0, TILE)[...] = line
 
-    @pl.when(valid < TILE)
-    def _():
+    def part() -> None:
         scratch[...] = line
 
         def store(start: Scalar, size: int) -> None:
             if size == 1:
                 at(start, 1)[0] = scratch[start]
             else:
-                part = plgpu.load(scratch.at[pl.ds(start, size)], layout=piece_layout(size))
-                at(start, size)[...] = part
+                piece = plgpu.load(scratch.at[pl.ds(start, size)], layout=piece_layout(size))
+                at(start, size)[...] = piece
 
         pieces(valid, TILE // 2, store)
+
+    _whole_or(valid, whole, part)
 
 
 def rows_layout(dtype: Any) -> Any:

@@ -21,6 +21,7 @@ from pallas_kernels.quantize import TILE
 from pallas_kernels.sm90_quantize import (
     STAGE_BYTES,
     Scalar,
+    count_from,
     launch,
     quantize_rows,
     rows_layout,
@@ -64,16 +65,17 @@ def blocks(
             q, scale = quantize_rows(x, line_s, layout, power_of_two, alike=True)
             group, row, col = place
             write_tile(q, q_s)
-            store_rows(q_s, _left(n, row), q_ref.at[group], row * TILE, col)
+            store_rows(q_s, count_from(row * TILE, n), q_ref.at[group], row * TILE, col)
             line_s[0] = scale
             scale_ref[place] = line_s[0, 0]
             if transposed:
                 q_t_s = spare["q_t_s"]
                 q_t_s[...] = load_columns(q_s)
                 plgpu.commit_smem()
-                store_rows(q_t_s, _left(k, col), more[0].at[group], col * TILE, row)
+                store_rows(q_t_s, count_from(col * TILE, k), more[0].at[group], col * TILE, row)
 
-        keep_row_major(x_s, q_s, *spare.values())
+        if interpret is None:
+            keep_row_major(x_s, q_s, *spare.values())
         stream(units, stages, fetch, work, locate)
 
     units = groups * rows * cols
@@ -93,7 +95,3 @@ def blocks(
         body, w, name="quantize_blocks", units=units, sms=sms, interpret=interpret, out=out,
         smem=smem, full=plgpu.Barrier(num_barriers=stages),
     )  # fmt: skip
-
-
-def _left(size: int, tile: Scalar) -> Scalar:
-    return lax.min(jnp.int32(TILE), size - tile * TILE)

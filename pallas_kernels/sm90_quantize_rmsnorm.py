@@ -84,7 +84,8 @@ def rmsnorm(
             refill()
             plgpu.copy_smem_to_gmem(q_s, q_ref.at[pl.ds(row, rows), pl.ds(0, padded)])
 
-        keep_row_major(x_s, q_s)
+        if interpret is None:
+            keep_row_major(x_s, q_s)
         stream(units, stages, fetch, work, locate)
 
     q, scale = launch(

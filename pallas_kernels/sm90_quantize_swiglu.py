@@ -67,7 +67,8 @@ def swiglu_both(
             for i, line in enumerate(lines):
                 plgpu.copy_smem_to_gmem(_part(scale_s, i, rows), line.at[down])
 
-        keep_row_major(x_s, q_s, h_q_s)
+        if interpret is None:
+            keep_row_major(x_s, q_s, h_q_s)
         stream(units_down * cols, stages, fetch, work, locate)
 
     h_q, h_scale, q, scale = launch(

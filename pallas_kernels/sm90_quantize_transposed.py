@@ -23,7 +23,9 @@ from pallas_kernels.quantize import TILE, padded_rows, tile_scale
 from pallas_kernels.sm90_quantize import (
     LINE,
     STAGE_BYTES,
+    Count,
     Scalar,
+    count_from,
     launch,
     quantize_rows,
     rows_layout,
@@ -71,6 +73,10 @@ class Walk:
             jax.ShapeDtypeStruct((self.k, self.rows), E4M3),
             jax.ShapeDtypeStruct(scale, jnp.float32),
         ]
+
+    def own(self, place: Place) -> Count:
+        """How many rows of the tile are its own."""
+        return TILE if not self.groups and self.m % TILE == 0 else place[3]
 
     def first(self, sizes_ref: Any) -> Cursor:
         zero = jnp.int32(0)
@@ -151,10 +157,10 @@ def _from_floats(
 
         def start_rows(x_s, place):
             """All but the values' store, for which x_s has to be read first."""
-            _, col, start, valid = place
+            _, col, start, _ = place
             q, scale = quantize_rows(plgpu.load(x_s, layout=layout), line_s, layout, power_of_two)
             store_line(
-                scale, line_s.at[0], valid,
+                scale, line_s.at[0], walk.own(place),
                 lambda first, size: before[-1].at[col, pl.ds(start + first, size)],
             )  # fmt: skip
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -170,14 +176,15 @@ def _from_floats(
             columns = load_columns(x_s.at[slot])
             refill()
             if rows:
-                store_rows(spare["q_s"], valid, before[-2], start, col)
+                store_rows(spare["q_s"], walk.own(place), before[-2], start, col)
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store_columns(
                 columns, q_t_s, line_s.at[0], walk, q_t_ref, scale_t_ref, place, power_of_two
             )
 
-        keep_row_major(x_s, *spare.values())
+        if interpret is None:
+            keep_row_major(x_s, *spare.values())
         stream_tiles(walk, stages, fetch, work, sizes_ref)
 
     by_row = [
@@ -234,7 +241,8 @@ def requantize(
                 columns, q_t_s, line_s.at[0], walk, q_t_ref, scale_t_ref, place, power_of_two
             )
 
-        keep_row_major(q_s)
+        if interpret is None:
+            keep_row_major(q_s)
         stream_tiles(walk, stages, fetch, work, sizes_ref)
 
     scale = jnp.pad(scale.T, ((0, 0), (0, -walk.m % FLOATS)))
@@ -303,6 +311,6 @@ def store_columns(
     out = q_t_ref.at[pl.ds(col * TILE, TILE), pl.ds(tile * TILE, TILE)]
     plgpu.copy_smem_to_gmem(q_t_s, out)
     store_line(
-        scale, scratch, lax.min(jnp.int32(TILE), walk.k - col * TILE),
+        scale, scratch, count_from(col * TILE, walk.k),
         lambda first, size: scale_t_ref.at[tile, pl.ds(col * TILE + first, size)],
     )  # fmt: skip

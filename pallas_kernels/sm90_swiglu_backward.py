@@ -21,7 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.checks import E4M3
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.quantize import TILE, tile_scale
-from pallas_kernels.sm90_quantize import LINE, Scalar, launch, rows_layout, store_line, store_rows
+from pallas_kernels.sm90_quantize import (
+    LINE,
+    Count,
+    Scalar,
+    launch,
+    rows_layout,
+    store_line,
+    store_rows,
+)
 from pallas_kernels.sm90_quantize_transposed import (
     COLUMN,
     FLOATS,
@@ -66,7 +74,8 @@ def backward(
         taken, given = refs[: len(operands)], refs[len(operands) :]
         sizes_ref, given = given[: walk.groups > 0], given[walk.groups > 0 :]
         tiles = _Tiles(walk, wide, rows, taken, given, **scratch)
-        keep_row_major(tiles.q_s, tiles.d_h_s, tiles.tile_s)
+        if interpret is None:
+            keep_row_major(tiles.q_s, tiles.d_h_s, tiles.tile_s)
         stream_tiles(walk, stages, tiles.fetch, tiles.work, sizes_ref, TILE // rows)
 
     out = [
@@ -163,20 +172,21 @@ class _Tiles:
 
     def finish(self, place: Place) -> None:
         tile, col, start, valid = place
+        own = self.walk.own(place)
         grad_ref, grad_scale_ref, grad_t_ref, grad_t_scale_ref, *h_t_refs = self.given[:6]
         plgpu.commit_smem()
         for i in (GATE, UP):
             at = col + i * self.walk.cols
-            store_rows(self.tile_s.at[i], valid, grad_ref, start, at)
-            self.store_line(i, grad_scale_ref.at[at], start, valid)
+            store_rows(self.tile_s.at[i], own, grad_ref, start, at)
+            self.store_line(i, grad_scale_ref.at[at], start, own)
         for ref in self.given[6:]:
-            self.store_line(SUMS, ref.at[col], start, valid)
+            self.store_line(SUMS, ref.at[col], start, own)
         self.turn(H, self.walk, place, *h_t_refs)
         for i in (GATE, UP):
             at = col + i * self.walk.cols
             self.turn(i, self.wide, (tile, at, start, valid), grad_t_ref, grad_t_scale_ref)
 
-    def store_line(self, which: int, out: Any, start: Scalar, valid: Scalar) -> None:
+    def store_line(self, which: int, out: Any, start: Scalar, valid: Count) -> None:
         store_line(
             plgpu.load(self.line_s.at[which], layout=LINE), self.own_s, valid,
             lambda first, size: out.at[pl.ds(start + first, size)],
