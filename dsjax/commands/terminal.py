@@ -30,6 +30,6 @@ def hint_at_simulated_fp8(precision: str) -> None:
     if precision == "fp8" and not is_hopper():
         console.print(
             "FP8 is simulated here, slowly: its kernels need a Hopper GPU (H100, H200); "
-            "--precision bf16 runs at full speed",
+            "--precision bf16 does without",
             style="yellow",
         )
