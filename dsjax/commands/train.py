@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from dsjax.commands.folders import default_folder
 from dsjax.commands.recipes import take_recipe
 from dsjax.commands.terminal import console, hint_at_gpu, hint_at_simulated_fp8, say
 from dsjax.config import Run
+from dsjax.parallel.multihost import failing_fast, start
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,25 @@ class TrainCommand:
 
 
 def run(arguments: list[str]) -> int:
-    """Train, and say how it ended: 0, also after a signal. ValueError for bad input."""
-    from dsjax.train import train, xz_bits_per_byte
+    """Train, and say how it ended: 0, also after a signal. ValueError for bad input.
 
+    Of several processes each takes part, and the first one speaks.
+    """
     recipe, rest = take_recipe(arguments)
     command = tyro.cli(
         TrainCommand, args=rest, default=TrainCommand(recipe), prog="run.py train [RECIPE]"
     )
+    launch = start()
+    if launch.count > 1:
+        say(str(launch))
+    console.quiet = launch.index > 0
+    with failing_fast():
+        return _train(command)
+
+
+def _train(command: TrainCommand) -> int:
+    from dsjax.train import train, xz_bits_per_byte
+
     out = command.out or default_folder(command.run.name, command.resume)
     hint_at_gpu()
     hint_at_simulated_fp8(command.run.precision)
@@ -60,7 +75,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _print_sample(folder: Path, tokens: int) -> None:
+    """All processes read the checkpoint together, and one shows what it makes of it."""
     from dsjax.commands.generate import speak
 
     console.print("sample:")
-    speak(folder, "def ", tokens, temperature=0.8, top_p=0.95, seed=0)
+    with redirect_stdout(None if console.quiet else sys.stdout):
+        speak(folder, "def ", tokens, temperature=0.8, top_p=0.95, seed=0)

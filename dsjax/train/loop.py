@@ -12,13 +12,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dsjax.checkpoint import CheckpointStore
+from dsjax.checkpoint import CheckpointStore, hosts
 from dsjax.config import Run
 from dsjax.data import JsonTokenizer, held_out_text
 from dsjax.model.sizes import training_work
+from dsjax.parallel.multihost import failing_fast, require_same, require_shared
 from dsjax.train.console import TrainProgress
 from dsjax.train.evaluate import Evaluation
-from dsjax.train.metrics import Diverged, MetricsLog, Pending
+from dsjax.train.metrics import Diverged, MetricsLog, NoLog, Pending
 from dsjax.train.notes import as_notes, differences, from_notes
 from dsjax.train.peak import peak_memory_bytes, utilisation
 from dsjax.train.plots import draw
@@ -47,16 +48,28 @@ def train(run: Run, out: Path, *, resume: bool = False, console: Console | None 
     """Train `run` in the folder `out`, from the newest good checkpoint there if `resume`.
 
     Raises ValueError for bad input, CheckpointError (a ValueError) for one that cannot be written
-    or restored, Diverged when a loss is not finite.
+    or restored, Diverged when a loss is not finite. Of several processes all call it; the first
+    one prints and writes.
     """
+    require_same("settings", repr((run, resume)))
+    require_shared(out)
     runtime = Runtime(run, load_corpus(run))
-    with CheckpointStore(out / CHECKPOINTS, keep=run.train.keep) as store, StopRequest() as stop:
+    require_same("text", runtime.corpus.fingerprint)
+    checkpoints = CheckpointStore(out / CHECKPOINTS, keep=run.train.keep)
+    with checkpoints as store, StopRequest() as stop, failing_fast():
         if store.steps() and not resume:
             raise ValueError(f"{out} already holds a run: add --resume, or choose another --out")
-        if isinstance(runtime.corpus.tokenizer, JsonTokenizer) and not (out / TOKENIZER).exists():
-            shutil.copyfile(runtime.corpus.tokenizer.path, out / TOKENIZER)
+        if hosts.is_first():
+            _keep_tokenizer(runtime.corpus, out)
+        else:
+            console = Console(quiet=True)
         session = _Session(runtime, out, store, stop, console or Console())
         return session.run_to_end()
+
+
+def _keep_tokenizer(corpus: Corpus, out: Path) -> None:
+    if isinstance(corpus.tokenizer, JsonTokenizer) and not (out / TOKENIZER).exists():
+        shutil.copyfile(corpus.tokenizer.path, out / TOKENIZER)
 
 
 def xz_bits_per_byte(run: Run) -> float:
@@ -80,7 +93,7 @@ class _Session:
         self.store, self.stop = store, stop
         self.state, self.start = self._begin(console)
         self.progress = TrainProgress(console, self.start, self.run.train.steps)
-        self.metrics = MetricsLog(out, self.start)
+        self.metrics = MetricsLog(out, self.start) if hosts.is_first() else NoLog()
         self.pending = Pending()
         self.work = training_work(self.run.model, self.run.data.seq_len)
         self.saved = self.start
@@ -104,7 +117,7 @@ class _Session:
             raise Diverged(f"{problem}; last good checkpoint: {kept}") from None
         finally:
             self.metrics.close()
-        pictures = draw(self.out)
+        pictures = draw(self.out) if hosts.is_first() else []
         return Outcome(self.run, self.runtime.corpus, self.state, step, self.stop.requested,
                        evaluation, pictures)  # fmt: skip
 
@@ -114,7 +127,7 @@ class _Session:
         for step, batch in enumerate(batches, start=self.start + 1):
             self.state, metrics = self.runtime.step(self.state, batch)
             tokens = batch.shape[0] * (batch.shape[1] - 1) * jax.process_count()
-            self.pending.add(step, tokens, metrics)
+            self.pending.add(step, tokens, metrics | self.stop.notice())
             self._report()
             last = step == train.steps
             if step % train.eval_every == 0 and not last:
@@ -126,11 +139,16 @@ class _Session:
     def _report(self, behind: int | None = None) -> None:
         ready = self.pending.ready() if behind is None else self.pending.ready(behind)
         for step, values in ready:
-            values |= utilisation(values["tokens_per_second"], self.work)
-            if memory := peak_memory_bytes():
-                values["peak_memory_gib"] = memory / 2**30
-            self.metrics.write("train", step, values)
-            self.progress.step(step, values)
+            self.stop.hear(values)
+            if hosts.is_first():
+                self._record(step, values)
+
+    def _record(self, step: int, values: dict[str, Any]) -> None:
+        values |= utilisation(values["tokens_per_second"], self.work)
+        if memory := peak_memory_bytes():
+            values["peak_memory_gib"] = memory / 2**30
+        self.metrics.write("train", step, values)
+        self.progress.step(step, values)
 
     def _evaluate(self, step: int, batches: int | None) -> Evaluation:
         self._report(behind=0)

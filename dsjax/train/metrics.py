@@ -52,6 +52,16 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog:
+    """Takes figures and keeps none: the first of several processes writes them."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _replace(path: Path, text: str) -> None:
     """Whole or not at all, whenever the process is killed."""
     partial = path.with_suffix(".partial")
