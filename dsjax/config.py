@@ -14,6 +14,8 @@ Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Remat = Literal["none", "dots", "v3", "layer"]
 MomentDtype = Literal["float32", "bfloat16"]
+Transport = Literal["auto", "dense", "ragged", "nvlink"]
+Zero = Literal[1, 2, 3]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -35,7 +37,7 @@ def _at_least_zero(owner: object, *names: str) -> None:
 
 def _one_of(owner: object, name: str, kind: Any) -> None:
     value, choices = getattr(owner, name), get_args(kind)
-    _require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
+    _require(value in choices, f"{name} is {value!r}: use one of {', '.join(map(str, choices))}")
 
 
 def _fraction(owner: object, *names: str) -> None:
@@ -318,18 +320,53 @@ class Train:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes all that are left."""
+    """Devices along each axis; -1 takes all that are left. Every axis divides the batch."""
 
     data: int = 1
+    """Repeats the state."""
     fsdp: int = -1
+    """Divides the state."""
+    host: int = 1
+    """Hosts that share the experts out among them: a token crosses to each of them once."""
+    expert: int = 1
+    """Devices of a host that share its experts out; the rest of the state they divide, too."""
+    zero: Zero = 3
+    """When a divided state is brought together: by layers (ZeRO-3) or once a step; gradients are
+    divided again after every micro-batch (2) or after the last one (1)."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
+        free = []
+        for name in ("data", "fsdp", "host", "expert"):
             value = getattr(self, name)
             _require(
                 value == -1 or value > 0, f"mesh {name} is {value}: use -1 or a positive number"
             )
-        _require((self.data, self.fsdp) != (-1, -1), "only one mesh axis can be -1")
+            free += [name] * (value == -1)
+        _require(len(free) < 2, f"mesh {' and '.join(free)} are -1: only one axis can be")
+        _one_of(self, "zero", Zero)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How tokens reach experts on other devices, and their results come back (DeepEP's job)."""
+
+    transport: Transport = "auto"
+    """`dense`: all_to_all of as many rows as there can be, anywhere; `ragged`: of those there are,
+    GPUs only; `nvlink`: kernels between the Hopper GPUs of one process. `auto` takes nvlink where
+    it can and else dense."""
+    fp8: bool = False
+    """Tokens cross in e4m3 with a power of two for 128 columns, as DeepSeek-V3's do, also where
+    experts compute in another format; results cross in the model's."""
+    room: float | None = None
+    """Rows that a device has room for, in its even share of them. A batch that needs more makes
+    its results NaN, and the run stops. None is room for whatever may come."""
+
+    def __post_init__(self) -> None:
+        _one_of(self, "transport", Transport)
+        _require(
+            self.room is None or self.room >= 1,
+            f"exchange room is {self.room}: it must be 1 (the even share) or more, or None",
+        )
 
 
 @dataclass(frozen=True)
@@ -344,6 +381,7 @@ class Run:
     balance: Balance = field(default_factory=Balance)
     mtp: Mtp = field(default_factory=Mtp)
     mesh: Mesh = field(default_factory=Mesh)
+    exchange: Exchange = field(default_factory=Exchange)
     precision: Precision = "bf16"
     fp8: Fp8 = field(default_factory=Fp8)
 

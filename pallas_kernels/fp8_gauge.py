@@ -36,6 +36,11 @@ def read(inputs: Pair, gradients: Pair) -> Float[Array, "3"]:
     return jnp.stack([_zeros(inputs[0]), _zeros(gradients[0]), jnp.float32(lost)])
 
 
+def shares(devices: int) -> Float[Array, "3"]:
+    """What a device's counts weigh in those of all: shares are averaged, tiles add up."""
+    return jnp.array([1 / devices, 1 / devices, 1], jnp.float32)
+
+
 def _zeros(q: jax.Array) -> jax.Array:
     sample = q[:: max(1, len(q) // SAMPLED)]
     magnitude = jax.lax.bitcast_convert_type(sample, jnp.uint8) & MAGNITUDE

@@ -33,8 +33,9 @@ def grouped_gemm(
 ) -> Float[Array, "m n"]:
     """`x[rows of group i] @ w[i]` for every group; differentiable in x and w.
 
-    The sizes must add up to m; groups may be empty. Raises ValueError on shapes or a backend
-    that do not fit.
+    Groups may be empty. The sizes add up to m at most; rows behind their sum take part in nothing,
+    whatever they hold, and are unspecified in results and gradients. Raises ValueError on shapes or
+    a backend that do not fit.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.shape}: expected [m, k] and [groups, k, n]")
@@ -74,14 +75,15 @@ def _blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     count = -(-m // rows) + groups
     blocks = -(-sizes // rows)
     block_end, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
-    group = jnp.searchsorted(end, jnp.arange(m), side="right")
+    group = jnp.minimum(jnp.searchsorted(end, jnp.arange(m), side="right"), groups - 1)
     slot = jnp.arange(m) - (end - sizes)[group] + (block_end - blocks)[group] * rows
+    slot = jnp.where(jnp.arange(m) < end[-1], slot, count * rows + jnp.arange(m))
     owner = jnp.minimum(jnp.searchsorted(block_end, jnp.arange(count), side="right"), groups - 1)
-    padded = jnp.zeros((count * rows, k), x.dtype).at[slot].set(x, unique_indices=True)
+    padded = jnp.zeros((count * rows, k), x.dtype).at[slot].set(x, unique_indices=True, mode="drop")
     out = jnp.einsum(
         "amk,akn->amn", padded.reshape(count, rows, k), _for_blocks(w, owner), precision=_exact(x)
     )
-    return out.reshape(count * rows, n).at[slot].get(unique_indices=True)
+    return out.reshape(count * rows, n).at[slot].get(unique_indices=True, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp

@@ -17,8 +17,8 @@ from jaxtyping import PRNGKeyArray
 
 from dsjax.bench.quantized import quantized
 from dsjax.bench.training_shapes import Shape
-from pallas_kernels.fp8_experts import sort_by_expert
 from pallas_kernels.quantize import quantize_tiles
+from pallas_kernels.token_order import sort_by_expert
 
 Operands = tuple[Any, ...]
 

@@ -17,23 +17,19 @@ from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import plan_mla_decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Array, BFloat16, Float, Int, Int32
 
     from dsjax.config import Model
     from pallas_kernels.mla_decode import Plan
 
-    Attention = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
-
-def local_attention(
+def causal_attention(
     q: Float[Array, "b t h q"],
     kv: Float[Array, "b t h n_plus_v"],
     k_rope: Float[Array, "b t r"],
     scale: float,
 ) -> Float[Array, "b t h v"]:
-    """Causal attention of sequences that lie whole on the device, without its logarithms.
+    """Causal attention of whole sequences, without its logarithms.
 
     kv: of every head the keys' part without position, then the values.
     """

@@ -13,7 +13,7 @@ from dsjax.model.init import ones
 from dsjax.model.mla import Mla
 from dsjax.model.moe import Mlp, Moe
 from dsjax.model.norm import rms_norm
-from dsjax.model.placement import Placement
+from dsjax.model.placement import GATHERED, Placement
 from dsjax.model.router import RouterStats
 from pallas_kernels.kept import KEPT, kept
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from dsjax.config import Model, Remat
     from pallas_kernels.mla_decode import Plan
 
+# XLA rounds what a policy keeps once more, by IEEE's rules: e4m3's largest numbers become NaN. So
+# only ZeRO-3, which has no FP8, meets the first of these.
 POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "v3": jax.checkpoint_policies.save_only_these_names(KEPT),
     "layer": jax.checkpoint_policies.nothing_saveable,
@@ -60,9 +63,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t w"], RouterStats | None]:
         """The layer on whole sequences; also its latents and, for MoE, its routing."""
         normed = rms_norm(x, self.attn_norm[...], self.eps)
-        attended, latents = self.attn.naive(normed, turn, placement.attention)
+        attended, latents = self.attn.naive(normed, turn)
         x, stats = self._feed_forward(kept(x + attended), placement)
-        return placement.spread(x), latents, stats
+        return x, latents, stats
 
     def decode(
         self,
@@ -87,7 +90,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], RouterStats | None]:
         normed = rms_norm(x, self.mlp_norm[...], self.eps)
         if isinstance(self.mlp, Moe):
-            out, stats = self.mlp(normed, placement.experts)
+            out, stats = self.mlp(normed, placement.exchange)
             return x + out, stats
         with jax.named_scope("dense_mlp"):
             return x + self.mlp(normed), None
@@ -109,19 +112,19 @@ def stack_blocks(
 
 
 def walk_layers(
-    layer: Callable, x: Float[Array, "b t d"], blocks: Block, remat: Remat
+    layer: Callable, x: Float[Array, "b t d"], blocks: Block, remat: Remat, gathered: bool
 ) -> tuple[Float[Array, "b t d"], Any]:
     """`x, y = layer(x, block)` for every layer in turn; the last x, and all y stacked.
 
     Few layers are written out: a scan copies what the backward pass keeps into arrays of all
     layers and out again, a tenth of a training step of `h200_3b`. Many are scanned: they compile
-    once.
+    once. Weights that a layer has `gathered` are not kept.
     """
     count = len(jax.tree.leaves(blocks)[0])
     if count > WRITTEN_OUT:
-        return jax.lax.scan(_rematerialised(layer, remat, scanned=True), x, blocks)
+        return jax.lax.scan(_rematerialised(layer, remat, gathered, scanned=True), x, blocks)
     # Equal layers are traced and lowered once, as those of a scan.
-    layer, results = jax.jit(_rematerialised(layer, remat, scanned=False)), []
+    layer, results = jax.jit(_rematerialised(layer, remat, gathered, scanned=False)), []
     leaves, structure = jax.tree.flatten(blocks)
     for leaf in zip(*[_apart(leaf, count) for leaf in leaves], strict=True):
         x, result = layer(x, jax.tree.unflatten(structure, leaf))
@@ -141,9 +144,9 @@ _apart.defvjp(
 )
 
 
-def _rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:
+def _rematerialised(layer: Callable, remat: Remat, gathered: bool, *, scanned: bool) -> Callable:
     """What the backward pass recomputes: nothing, all but matmul results, what V3 does (norms,
     up-projections, SwiGLU), or whole layers. Norms and SwiGLU it always does."""
-    if remat == "none":
+    if remat == "none" and not gathered:
         return layer
     return jax.checkpoint(layer, policy=POLICIES[remat], prevent_cse=not scanned)

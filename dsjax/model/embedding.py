@@ -17,11 +17,7 @@ from jax.typing import DTypeLike
 from dsjax.model.float32 import exactness
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Array, Float, Int
-
-    LookUp = Callable[[jax.Array, jax.Array, DTypeLike], jax.Array]
 
 BLOCK = 128
 

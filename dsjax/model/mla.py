@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.model.attention import attend_to_rows, lies_in_pages, local_attention, pages_of
+from dsjax.model.attention import attend_to_rows, causal_attention, lies_in_pages, pages_of
 from dsjax.model.init import normal, ones
 from dsjax.model.norm import rms_norm
 from dsjax.model.precision import project, project_all
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt8
 
     from dsjax.config import Model
-    from dsjax.model.attention import Attention
     from pallas_kernels.mla_decode import Plan
 
     PagedCache = BFloat16[Array, "pages 64 576"] | UInt8[Array, "pages 64 656"]
@@ -96,10 +95,7 @@ class Mla(nnx.Module):
         return self._latents(self._down(x)[1], turn)
 
     def naive(
-        self,
-        x: Float[Array, "b t d"],
-        turn: Float[Array, "b t r/2 2"],
-        attention: Attention = local_attention,
+        self, x: Float[Array, "b t d"], turn: Float[Array, "b t r/2 2"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t w"]]:
         """Causal attention among the tokens of x; also returns their latents."""
         query, low = self._down(x)
@@ -110,7 +106,7 @@ class Mla(nnx.Module):
             expanded = project("btc,chy->bthy", latent, self.kv_up[...])
         with jax.named_scope("mla_attention"):
             q = jnp.concatenate([nope, rope], axis=-1)
-            attended = attention(q, expanded, key, softmax_scale(self.config))
+            attended = causal_attention(q, expanded, key, softmax_scale(self.config))
         return self._project_out(attended), cached
 
     def absorbed(

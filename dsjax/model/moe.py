@@ -1,12 +1,13 @@
 """DeepSeekMoE (arXiv 2401.06066): fine-grained routed experts beside shared ones, none dropped.
 
-The model owns the contract of an expert exchange, `Experts`: tokens and their routing go in, the
-weighted sum of the experts' results comes out. `local_experts` does it on the device at hand.
+Tokens meet their experts through an `Exchange`: on one device, or on several that share the experts
+out among them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,17 @@ from dsjax.model.init import normal
 from dsjax.model.precision import plain, project
 from dsjax.model.router import Router, RouterStats, router_stats
 from pallas_kernels import grouped_gemm
-from pallas_kernels.fp8_experts import Order, fp8_experts, sort_by_expert
+from pallas_kernels.fp8_experts import fp8_experts
 from pallas_kernels.fp8_layers import fp8_mlp
 from pallas_kernels.fp8_weight import Fp8Weight
 from pallas_kernels.kept import kept
-from pallas_kernels.permute import combine_rows, spread_rows
+from pallas_kernels.token_order import HERE, Exchange, Order
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
     from dsjax.config import Model
     from dsjax.model.precision import Weight
-
-
-class Experts(Protocol):
-    """Routed experts: where their weights lie and how tokens reach them."""
-
-    def __call__(
-        self,
-        x_TD: Float[Array, "T d"],
-        experts_TK: Int[Array, "T k"],
-        weights_TK: Float[Array, "T k"],
-        gate_up: Weight,
-        down: Weight,
-    ) -> Float[Array, "T d"]: ...
 
 
 @jax.custom_vjp
@@ -82,65 +70,65 @@ swiglu.defvjp(lambda gate_up, weights=None: (swiglu(gate_up, weights), (gate_up,
               _swiglu_bwd)  # fmt: skip
 
 
-@jax.custom_vjp
-def _copy_out(x_TD: jax.Array, order: Order) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(exchange: Exchange, x_TD: jax.Array, order: Order) -> jax.Array:
     """A copy of each token for each of its experts, in their order."""
-    return spread_rows(x_TD, order.slots)
+    return exchange.dispatch(x_TD, order)
 
 
-@jax.custom_vjp
-def _add_up(rows: jax.Array, order: Order) -> jax.Array:
-    """The sum of each token's copies: the transpose of `_copy_out`."""
-    return combine_rows(rows, order.slots, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(exchange: Exchange, rows: jax.Array, order: Order) -> jax.Array:
+    """The sum of each token's copies: the transpose of `_dispatch`."""
+    return exchange.combine(rows, order)
 
 
-@jax.custom_vjp
-def _by_row(weights_TK: jax.Array, order: Order) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_row(exchange: Exchange, weights_TK: jax.Array, order: Order) -> jax.Array:
     """Of each row its choice's weight; backward each choice takes its row's, too."""
-    return weights_TK.reshape(-1)[order.choices]
+    return exchange.by_row(weights_TK, order)
 
 
-_copy_out.defvjp(
-    lambda x, order: (_copy_out(x, order), order),
-    lambda order, grad: (_add_up(grad, order), None),
+_dispatch.defvjp(
+    lambda exchange, x, order: (_dispatch(exchange, x, order), order),
+    lambda exchange, order, grad: (_combine(exchange, grad, order), None),
 )
-_add_up.defvjp(
-    lambda rows, order: (_add_up(rows, order), order),
-    lambda order, grad: (_copy_out(grad, order), None),
+_combine.defvjp(
+    lambda exchange, rows, order: (_combine(exchange, rows, order), order),
+    lambda exchange, order, grad: (_dispatch(exchange, grad, order), None),
 )
-
-
 _by_row.defvjp(
-    lambda weights, order: (_by_row(weights, order), order),
-    lambda order, grad: (grad[order.slots], None),
+    lambda exchange, weights, order: (_by_row(exchange, weights, order), order),
+    lambda exchange, order, grad: (exchange.by_choice(grad, order), None),
 )
 
 
-def local_experts(
+def routed_experts(
     x_TD: Float[Array, "T d"],
     experts_TK: Int[Array, "T k"],
     weights_TK: Float[Array, "T k"],
     gate_up: Weight,
     down: Weight,
+    exchange: Exchange = HERE,
 ) -> Float[Array, "T d"]:
-    """All experts on this device: sort by expert, two grouped matmuls, weighted sum.
+    """Tokens to their experts, two grouped matmuls over the rows of each, weighted sums back.
 
-    The routing weights meet the experts' inner activations, a factor a row either side of the
-    second matmul, so that their gradient does not need its results.
+    gate_up and down are the experts of this device, experts_TK count those of all. The routing
+    weights meet the experts' inner activations, a factor a row either side of the second matmul, so
+    that their gradient does not need its results.
     """
     if isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight):
-        return fp8_experts(x_TD, experts_TK, weights_TK, gate_up, down)
+        return fp8_experts(x_TD, experts_TK, weights_TK, gate_up, down, exchange=exchange)
     gate_up, down = plain(gate_up, x_TD.dtype), plain(down, x_TD.dtype)
     with jax.named_scope("dispatch"):
-        order = kept(sort_by_expert(experts_TK, gate_up.shape[0]))
-        rows = _copy_out(x_TD, order)
-        weights = _by_row(weights_TK, order)
+        order = kept(exchange.order(experts_TK, gate_up.shape[0]))
+        rows = _dispatch(exchange, x_TD, order)
+        weights = _by_row(exchange, weights_TK, order)
     with jax.named_scope("routed_experts"):
         inner = kept(grouped_gemm(rows, gate_up, order.sizes))
         hidden = swiglu(inner, weights)
         results = grouped_gemm(hidden, down, order.sizes)
     with jax.named_scope("combine"):
-        return _add_up(results, order)
+        return _combine(exchange, results, order)
 
 
 class Mlp(nnx.Module):
@@ -179,13 +167,14 @@ class Moe(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b t d"], experts: Experts
+        self, x: Float[Array, "b t d"], exchange: Exchange = HERE
     ) -> tuple[Float[Array, "b t d"], RouterStats]:
         """Routed plus shared experts, and the layer's routing statistics."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD)
-        routed = experts(x_TD, routing.experts_TK, routing.weights_TK,
-                         self.experts.gate_up[...], self.experts.down[...])  # fmt: skip
+        experts = self.experts.gate_up[...], self.experts.down[...]
+        chosen = routing.experts_TK, routing.weights_TK
+        routed = routed_experts(x_TD, *chosen, *experts, exchange)
         out = routed.reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

@@ -1,4 +1,8 @@
-"""Where a model runs, as far as the model needs to know: on one device unless told otherwise."""
+"""Where a model runs, as far as the model needs to know: on one device unless told otherwise.
+
+On several devices everything here runs inside `jax.shard_map`: a device has sequences of its own
+and its part of the weights.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsjax.model.attention import local_attention
-from dsjax.model.embedding import look_up
-from dsjax.model.moe import Experts, local_experts
+from pallas_kernels.token_order import HERE, Exchange
 
 if TYPE_CHECKING:
-    from dsjax.model.attention import Attention
-    from dsjax.model.embedding import LookUp
+    import jax
 
 
-def _as_is(value: Any) -> Any:
-    return value
+GATHERED = "gathered"
+"""Name of what `Placement.gather` brought together, which the backward pass had better gather again
+than keep."""
+
+
+def _as_is(kind: str, weights: Any) -> Any:
+    return weights
+
+
+def _alone(x: jax.Array) -> jax.Array:
+    return x
 
 
 @dataclass(frozen=True)
 class Placement:
-    experts: Experts = local_experts
+    devices: int = 1
+    """Among which a batch is divided."""
+    exchange: Exchange = HERE
     """How tokens meet their routed experts."""
-    attention: Attention = local_attention
-    """How the tokens of a batch attend to each other; no kernel runs on a divided array."""
-    look_up: LookUp = look_up
-    """How tokens meet the embedding; its gradient sorts the tokens of one device."""
-    gather: Callable[[Any], Any] = _as_is
-    """Brings one layer's weights together before the layer runs (FSDP)."""
-    spread: Callable[[Any], Any] = _as_is
-    """Keeps activations [b, ...] spread over the devices by batch."""
+    gather: Callable[[str, Any], Any] = _as_is
+    """Brings weights together before they are used (FSDP): one layer's of a kind, `dense`, `moe` or
+    `mtp`, or `embed`, `head` or `norm`."""
+    total: Callable[[jax.Array], jax.Array] = _alone
+    """Sums over the devices."""
+
+    @property
+    def gathers(self) -> bool:
+        return self.gather is not _as_is
 
 
 LOCAL = Placement()

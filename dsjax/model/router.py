@@ -89,10 +89,17 @@ class RouterStats(NamedTuple):
 
     load_E: Int[Array, "*l e"]
     """Tokens sent to each expert."""
+    share_E: Float[Array, "*l e"]
+    """Mean over the tokens of each expert's share of their affinities."""
     sequence_aux: Float[Array, "*l"]
     """Sequence-wise auxiliary loss, V3 equations 17 to 20 on the experts used, unweighted."""
-    batch_aux: Float[Array, "*l"]
-    """The same product over the batch as a whole: the classic auxiliary loss, unweighted."""
+
+    @property
+    def batch_aux(self) -> Float[Array, "*l"]:
+        """The same product over the batch as a whole: the classic auxiliary loss, unweighted."""
+        load = self.load_E.astype(jnp.float32)
+        even = load.shape[-1] / jnp.maximum(load.sum(axis=-1), 1)
+        return (load * self.share_E).sum(axis=-1) * even
 
 
 def router_stats(routing: Routing, batch: int) -> RouterStats:
@@ -108,6 +115,6 @@ def router_stats(routing: Routing, batch: int) -> RouterStats:
     load = used_BE.sum(axis=0)
     return RouterStats(
         load_E=load.astype(jnp.int32),
+        share_E=share_BE.mean(axis=0),
         sequence_aux=(used_BE * even * share_BE).sum(axis=-1).mean(),
-        batch_aux=(load * (even / batch) * share_BE.mean(axis=0)).sum(),
     )

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, TypedDict
 
 import jax
@@ -16,12 +17,13 @@ from flax import nnx
 
 from dsjax.model.attention import plan_decode
 from dsjax.model.block import Block, LatentCache, stack_blocks, walk_layers
+from dsjax.model.embedding import look_up
 from dsjax.model.float32 import project_to_logits
 from dsjax.model.init import normal, ones
 from dsjax.model.mtp import Mtp
 from dsjax.model.norm import rms_norm
 from dsjax.model.placement import LOCAL, Placement
-from dsjax.model.precision import compute_dtype
+from dsjax.model.precision import STACKED, compute_dtype
 from dsjax.model.rope import rotation
 from dsjax.model.router import RouterStats
 
@@ -68,10 +70,8 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens)[0])
 
     @jax.named_scope("embed")
-    def embedded(
-        self, tokens: Int[Array, "b t"], placement: Placement = LOCAL
-    ) -> Float[Array, "b t d"]:
-        return placement.look_up(self.embed[...], tokens, compute_dtype(self.precision))
+    def embedded(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        return look_up(self.embed[...], tokens, compute_dtype(self.precision))
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... p"]:
@@ -95,8 +95,8 @@ class Transformer(nnx.Module):
         turn = rotation(self.config, _positions(following[0])) if self.mtp else None
         depths, stats = [], []
         for mtp, tokens in zip(self.mtp, following, strict=True):
-            embedded = self.embedded(tokens, placement)
-            hidden, routed = placement.gather(mtp)(hidden, embedded, turn, placement)
+            embedded = self.embedded(tokens)
+            hidden, routed = placement.gather("mtp", mtp)(hidden, embedded, turn, placement)
             depths.append(hidden)
             stats.append(routed)
         return depths, jax.tree.map(lambda *leaf: jnp.stack(leaf), *stats) if stats else None
@@ -138,17 +138,18 @@ class Transformer(nnx.Module):
     def _layers(
         self, tokens: Int[Array, "b t"], placement: Placement, remat: Remat, keep_latents: bool
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "l b t w"]], RouterStats | None]:
-        x = placement.spread(self.embedded(tokens, placement))
+        x = self.embedded(tokens)
         turn = rotation(self.config, _positions(tokens))
 
-        def layer(x: jax.Array, block: Block) -> tuple[jax.Array, tuple]:
-            x, latents, stats = placement.gather(block)(x, turn, placement)
+        def layer(kind: str, x: jax.Array, block: Block) -> tuple[jax.Array, tuple]:
+            x, latents, stats = placement.gather(kind, block)(x, turn, placement)
             return x, (latents if keep_latents else None, stats)
 
         kept, stats = [], None
-        for blocks in (self.dense, self.moe):
-            if blocks is not None:
-                x, (latents, stats) = walk_layers(layer, x, blocks, remat)
+        for kind in STACKED:
+            if (blocks := getattr(self, kind)) is not None:
+                one = functools.partial(layer, kind)
+                x, (latents, stats) = walk_layers(one, x, blocks, remat, placement.gathers)
                 kept.append(latents)
         return x, kept, stats
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.data import Packed, eval_batches
-from dsjax.model import LOCAL, Placement
+from dsjax.parallel.devices import ALONE, BATCH, SAME, Alone
 from dsjax.train.balance import max_violation
 from dsjax.train.loss import cross_entropy
-from dsjax.train.step import TrainState, model_of, weights_in_format
+from dsjax.train.step import TrainState, weights_in_format, whole_model
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
     from dsjax.config import Run
 
 
@@ -41,23 +43,26 @@ def build_evaluate(
     run: Run,
     held_out: Packed,
     put: Callable[[np.ndarray], jax.Array],
-    placement: Placement = LOCAL,
+    devices: Alone = ALONE,
 ) -> Callable[[TrainState, int | None], Evaluation]:
     """A function of state and number of batches (None: all of the held-out text)."""
     batch = run.train.batch // run.train.micro_batches
 
-    @jax.jit
-    def score(state: TrainState, sequences: jax.Array, mask: jax.Array):
-        model = model_of(run, weights_in_format(run, state.params), state.bias)
-        hidden, stats = model.hidden(sequences[:, :-1], placement)
+    def of_device(params: PyTree, bias: PyTree, sequences: jax.Array, mask: jax.Array):
+        params = weights_in_format(run, devices.together(params))
+        model = whole_model(run, params, bias, devices)
+        hidden, stats = model.hidden(sequences[:, :-1], devices.placement)
         _, nats = cross_entropy(model, hidden, sequences[:, 1:])
         load = jnp.zeros((0, 1), jnp.int32) if stats is None else stats.load_E
-        return jnp.where(mask > 0, nats, 0.0).sum(), load
+        return devices.total((jnp.where(mask > 0, nats, 0.0).sum(), load))
+
+    takes = devices.params, SAME, BATCH, BATCH
+    score = jax.jit(devices.on_each(of_device, takes, SAME))
 
     def evaluate(state: TrainState, batches: int | None = None) -> Evaluation:
         nats, targets, load = 0.0, 0, 0
         for sequences, mask in islice(eval_batches(held_out, run.data.seq_len, batch), batches):
-            part, routed = score(state, put(sequences), put(mask))
+            part, routed = score(state.params, state.bias, put(sequences), put(mask))
             nats, load = nats + float(part), load + np.asarray(routed, np.int64)
             targets += int(mask.sum())
         read = targets / (len(held_out.tokens) - 1) * held_out.text_bytes

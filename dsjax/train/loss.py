@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """Means over the batch, unweighted; stats hold the MoE layers' routing, then MTP's."""
+    """Means over the batch, unweighted, or a device's share of them, which add up to these."""
 
     main: Float[Array, ""]
     mtp: Float[Array, ""]
     sequence_aux: Float[Array, ""]
     batch_aux: Float[Array, ""]
     load_LE: Int[Array, "l e"]
+    """Of this device's tokens: the MoE layers', then MTP's."""
 
 
 @jax.named_scope("head")
@@ -50,18 +51,26 @@ def losses(
     placement: Placement = LOCAL,
     remat: Remat = "none",
 ) -> Losses:
-    """All parts of the loss on sequences of one token more than the model reads."""
+    """All parts of the loss on sequences of one token more than the model reads.
+
+    On several devices these are one device's sequences, and its share of the batch's loss.
+    """
     tokens, targets = sequences[:, :-1], sequences[:, 1:]
     hidden, stats = model.hidden(tokens, placement, remat)
-    main, _ = cross_entropy(model, hidden, targets, jnp.full(targets.shape, 1 / targets.size))
+    each = jnp.full(targets.shape, 1 / (targets.size * placement.devices))
+    main, _ = cross_entropy(model, hidden, targets, each)
     mtp, further_stats = _mtp_loss(model, hidden, sequences, placement)
     parts = [part for part in (stats, further_stats) if part is not None]
     if not parts:
         zero = jnp.zeros(())
         return Losses(main, mtp, zero, zero, jnp.zeros((0, 1), jnp.int32))
     joined = RouterStats(*[jnp.concatenate(leaf) for leaf in zip(*parts, strict=True)])
-    aux = joined.sequence_aux.sum(), joined.batch_aux.sum()
-    return Losses(main, mtp, *aux, joined.load_E)
+    batch = joined._replace(
+        load_E=placement.total(joined.load_E),
+        share_E=placement.total(joined.share_E) / placement.devices,
+    )
+    aux = joined.sequence_aux.sum(), batch.batch_aux.sum()
+    return Losses(main, mtp, *(part / placement.devices for part in aux), joined.load_E)
 
 
 def _mtp_loss(
@@ -77,7 +86,7 @@ def _mtp_loss(
     states, stats = model.predict_further(hidden, shifted[:-1], placement)
     total = jnp.zeros(())
     for i, (state, targets) in enumerate(zip(states, shifted[1:], strict=True), start=1):
-        known = (jnp.arange(t) < t - i) / (len(targets) * (t - i))
+        known = (jnp.arange(t) < t - i) / (len(targets) * (t - i) * placement.devices)
         weights = jnp.broadcast_to(known, targets.shape).astype(jnp.float32)
         total += cross_entropy(model, state, targets, weights)[0]
     return total / depth, stats

@@ -5,18 +5,31 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsjax.config import Balance, Data, Fp8, Mesh, Model, Mtp, Optimizer, Run, Train, Yarn
+from dsjax.config import (
+    Balance,
+    Data,
+    Exchange,
+    Fp8,
+    Mesh,
+    Model,
+    Mtp,
+    Optimizer,
+    Run,
+    Train,
+    Yarn,
+)  # fmt: skip
 
 SECTIONS = {
     "model": Model, "data": Data, "train": Train, "optimizer": Optimizer,
-    "balance": Balance, "mtp": Mtp, "mesh": Mesh, "fp8": Fp8,
+    "balance": Balance, "mtp": Mtp, "mesh": Mesh, "exchange": Exchange,
+    "fp8": Fp8,
 }  # fmt: skip
-LATER = ("fp8",)
+LATER = ("fp8", "exchange")
 """Sections that older checkpoints lack: they have their defaults."""
 
 FREE_TO_CHANGE = (
     "name", "mesh", "train.save_every", "train.keep", "train.eval_every", "train.eval_batches",
-    "train.remat",
+    "train.remat", "exchange.transport", "exchange.room",
 )  # fmt: skip
 """Settings that do not change which numbers a run computes, beyond round-off."""
 

@@ -13,7 +13,15 @@ import numpy as np
 
 from dsjax.config import Run
 from dsjax.data import Packed, Tokenizer, TrainStream, load_corpus_tokens
-from dsjax.parallel import batch_sharding, build_mesh, placement_on, state_shardings
+from dsjax.parallel import (
+    ALONE,
+    Alone,
+    Meshed,
+    batch_sharding,
+    build_mesh,
+    choose_exchange,
+    state_shardings,
+)
 from dsjax.train.evaluate import build_evaluate
 from dsjax.train.step import TrainState, build_step, initial_state
 
@@ -51,10 +59,10 @@ class Runtime:
         self.mesh = build_mesh(run.mesh)
         self._check_batch()
         self._check_precision()
-        placement = placement_on(self.mesh)
         self.abstract = self._with_shardings(jax.eval_shape(lambda: initial_state(run)))
-        self._step = build_step(run, placement)
-        self.evaluate = build_evaluate(run, corpus.held_out, self._put_sequences, placement)
+        devices = self._devices()
+        self._step = build_step(run, devices)
+        self.evaluate = build_evaluate(run, corpus.held_out, self._put_sequences, devices)
         self.stream = TrainStream(
             corpus.train, run.data.seq_len, run.train, run.data_seed,
             jax.process_index(), jax.process_count(),
@@ -104,11 +112,17 @@ class Runtime:
             )
 
     def _check_precision(self) -> None:
-        if self.run.precision == "fp8" and self.mesh.size > 1:
+        if self.run.precision == "fp8" and self.mesh.size > 1 and self.run.mesh.zero == 3:
             raise ValueError(
-                f"precision is fp8 on {self.mesh.size} devices: FP8 trains on one so far; use "
-                "bf16, or make one device visible"
+                f"precision is fp8 on {self.mesh.size} devices with mesh zero=3: weights are cast "
+                "to FP8 once a step, when they are whole; use zero=1 or 2"
             )
+
+    def _devices(self) -> Alone:
+        if self.mesh.size == 1:
+            return ALONE
+        exchange = choose_exchange(self.run.exchange, self.mesh)
+        return Meshed(self.mesh, self.abstract.params, exchange, self.run.mesh.zero)
 
     def _with_shardings(self, abstract: TrainState) -> TrainState:
         return jax.tree.map(

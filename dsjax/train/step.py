@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsjax.model import LOCAL, Placement, RouterBias, Transformer
+from dsjax.model import RouterBias, Transformer
 from dsjax.model.precision import fp8_gauges, fp8_values, with_fp8
+from dsjax.parallel.devices import ALONE, MICRO_BATCHES, SAME, Alone
 from dsjax.train.balance import max_violation, updated_bias
 from dsjax.train.loss import Losses, losses, objective
 from dsjax.train.optimizer import build_optimizer
 from dsjax.train.schedule import bias_speed, learning_rate, mtp_weight
+from pallas_kernels import fp8_gauge
 from pallas_kernels.fp8_gauge import GAUGES
 from pallas_kernels.fp8_recipe import Recipe
 
@@ -70,7 +73,7 @@ def fp8_recipe(run: Run) -> Recipe:
 
 
 def build_step(
-    run: Run, placement: Placement = LOCAL
+    run: Run, devices: Alone = ALONE
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step on state, [micro-batches, batch, t + 1] tokens and how many of these count.
 
@@ -79,44 +82,16 @@ def build_step(
     """
     optimizer = build_optimizer(run.optimizer, run.train.steps)
     rate = learning_rate(run.optimizer, run.train.steps)
-
+    gradients = devices.on_each(
+        functools.partial(_gradients, run, devices),
+        (devices.params, SAME, SAME, MICRO_BATCHES, SAME),
+        ((devices.params, SAME), SAME),
+    )
     fp8 = run.precision == "fp8"
 
-    def loss(params: PyTree, gauges: PyTree, cast: PyTree, bias: PyTree, sequences: jax.Array,
-             weight: jax.Array):  # fmt: skip
-        if fp8:
-            params = with_fp8(params, gauges, cast, fp8_recipe(run))
-        model = model_of(run, params, bias)
-        for shared in (model.embed, model.head):
-            shared[...] = placement.gather(shared[...])
-        parts = losses(model, sequences, placement, run.train.remat)
-        return objective(parts, run.balance, weight), parts
-
-    def gradients(state: TrainState, micro_batches: jax.Array, count: jax.Array):
-        weight = mtp_weight(run.mtp, state.step, run.train.steps)
-
-        params = state.params
-        # Once for all micro-batches; the weights' gradients go past their FP8 values.
-        gauges, cast = (fp8_gauges(params), fp8_values(params)) if fp8 else ({}, {})
-
-        def differentiate(sequences: jax.Array) -> tuple[tuple[PyTree, PyTree], Losses]:
-            gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-            return gradient(params, gauges, cast, state.bias, sequences, weight)
-
-        if micro_batches.shape[0] == 1:
-            return differentiate(micro_batches[0])
-
-        def accumulate(i: jax.Array, total: PyTree) -> PyTree:
-            return jax.tree.map(jnp.add, total, differentiate(micro_batches[i]))
-
-        shapes = jax.eval_shape(differentiate, micro_batches[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        grads, parts = jax.lax.fori_loop(0, count, accumulate, zeros)
-        mean = jax.tree.map(lambda leaf: leaf / count, (grads, parts))
-        return mean[0], mean[1]._replace(load_LE=parts.load_LE)
-
     def step(state: TrainState, micro_batches: jax.Array, count: jax.Array):
-        (grads, gauges), parts = gradients(state, micro_batches, count)
+        inputs = state.params, state.bias, state.step, micro_batches, count
+        (grads, gauges), parts = gradients(*inputs)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         speed = bias_speed(run.balance, state.step, run.train.steps)
@@ -137,6 +112,52 @@ def build_step(
         return TrainState(state.step + 1, params, bias, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _gradients(
+    run: Run, devices: Alone, params: PyTree, bias: PyTree, step: jax.Array,
+    micro_batches: jax.Array, count: jax.Array,
+) -> tuple[tuple[PyTree, PyTree], Losses]:  # fmt: skip
+    """Of parameters and gauges the gradients, and the losses, by what one device has of each."""
+    fp8, mtp = run.precision == "fp8", mtp_weight(run.mtp, step, run.train.steps)
+    params = devices.together(params)
+    # Once for all micro-batches; the weights' gradients go past their FP8 values.
+    gauges, cast = (fp8_gauges(params), fp8_values(params)) if fp8 else ({}, {})
+
+    def loss(params: PyTree, gauges: PyTree, sequences: jax.Array):
+        if fp8:
+            params = with_fp8(params, gauges, cast, fp8_recipe(run))
+        model = whole_model(run, params, bias, devices)
+        parts = losses(model, sequences, devices.placement, run.train.remat)
+        return objective(parts, run.balance, mtp), parts
+
+    def differentiate(sequences: jax.Array) -> tuple[tuple[PyTree, PyTree], Losses]:
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (grads, counts), parts = gradient(params, gauges, sequences)
+        return (devices.after_micro_batch(grads), counts), parts
+
+    def accumulate(i: jax.Array, total: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, total, differentiate(micro_batches[i]))
+
+    if micro_batches.shape[0] == 1:
+        (grads, counts), parts = differentiate(micro_batches[0])
+    else:
+        shapes = jax.eval_shape(differentiate, micro_batches[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        sums, parts = jax.lax.fori_loop(0, count, accumulate, zeros)
+        (grads, counts), mean = jax.tree.map(lambda leaf: leaf / count, (sums, parts))
+        parts = mean._replace(load_LE=parts.load_LE)
+    counts = jax.tree.map(lambda leaf: leaf * fp8_gauge.shares(devices.placement.devices), counts)
+    return (devices.after_all(grads), devices.total(counts)), devices.total(parts)
+
+
+def whole_model(run: Run, params: PyTree, bias: PyTree, devices: Alone) -> Transformer:
+    """The module around what one device has, with all that is not a layer's brought together."""
+    model = model_of(run, params, bias)
+    for name in ("embed", "head", "norm"):
+        shared = getattr(model, name)
+        shared.set_value(devices.placement.gather(name, shared[...]))
+    return model
 
 
 def _losses_of_fp8(gauges: PyTree) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.model.moe import Moe, local_experts, swiglu
+from dsjax.model.moe import Moe, routed_experts, swiglu
 from tests.tiny import CONFIG, randomise
 
 TOKENS, EXPERTS, DIM, HIDDEN = 14, 5, 8, 6
@@ -54,7 +54,7 @@ def by_loop(x, weights, gate_up, down, pull, routing) -> tuple[np.ndarray, list[
 @jax.jit
 def value_and_grads(x, weights, gate_up, down, pull, experts):
     def loss(x, weights, gate_up, down):
-        out = local_experts(x, experts, weights, gate_up, down)
+        out = routed_experts(x, experts, weights, gate_up, down)
         return (out * pull).sum(), out
 
     grads, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, weights, gate_up, down)
@@ -98,7 +98,7 @@ def test_layer_adds_shared_experts_and_reports_its_load():
         nnx.eval_shape(lambda: Moe(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")))
     )
     x = jax.random.normal(jax.random.key(5), (2, 7, CONFIG.dim))
-    out, stats = jax.jit(lambda moe, x: moe(x, local_experts))(moe, x)
+    out, stats = jax.jit(lambda moe, x: moe(x))(moe, x)
     rows = np.asarray(x, np.float64).reshape(14, -1)
     routing = jax.jit(lambda router, x: router(x))(moe.router, x.reshape(14, -1))
     expected, _ = by_loop(rows, routing.weights_TK, moe.experts.gate_up[...],
@@ -112,7 +112,7 @@ def test_layer_adds_shared_experts_and_reports_its_load():
 def test_bfloat16_tokens_meet_bfloat16_experts_and_stay_so():
     x, weights, gate_up, down, _ = arrays(ROUTINGS["spread"])
     experts = jnp.asarray(ROUTINGS["spread"])
-    out = jax.jit(local_experts)(x.astype(jnp.bfloat16), experts, weights, gate_up, down)
+    out = jax.jit(routed_experts)(x.astype(jnp.bfloat16), experts, weights, gate_up, down)
     exact, _ = by_loop(x, weights, gate_up, down, x, ROUTINGS["spread"])
     assert out.dtype == jnp.bfloat16
     assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.03 * np.abs(exact).max()

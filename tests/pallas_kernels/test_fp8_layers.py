@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.fp8_experts import fp8_experts, sort_by_expert
+from pallas_kernels.fp8_experts import fp8_experts
 from pallas_kernels.fp8_gauge import new_gauge
 from pallas_kernels.fp8_layers import fp8_mlp, fp8_project
 from pallas_kernels.fp8_weight import Fp8Weight, quantize_weight
@@ -18,6 +18,7 @@ from pallas_kernels.quantize import (
     quantize_transposed,
     requantize_transposed,
 )
+from pallas_kernels.token_order import sort_by_expert
 from tests.products import relative_error
 
 pytestmark = pytest.mark.usefixtures("auto_is_the_reference")

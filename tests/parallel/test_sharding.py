@@ -1,7 +1,6 @@
 """The same run on one device and on every mesh of eight; what is divided, and what is refused."""
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from dsjax.checkpoint import CheckpointStore
 from dsjax.config import Mesh, Run
-from dsjax.model import attention
+from dsjax.data import TrainStream
 from dsjax.parallel import build_mesh, state_shardings
-from dsjax.parallel.sharding import SMALL, batch_sharding, fsdp_spec, placement_on
+from dsjax.parallel.mesh import EXPERTS, STATE
+from dsjax.parallel.sharding import SMALL, divide
 from dsjax.train.runtime import Runtime, load_corpus
 from dsjax.train.step import TrainState, build_step
 from tests.train.conftest import draw_state, make_run, quick_compilation, write_text
@@ -22,11 +23,18 @@ from tests.train.conftest import draw_state, make_run, quick_compilation, write_
 __all__ = ["quick_compilation"]
 
 STEPS = 5
-MESHES = {"1x8": Mesh(1, 8), "8x1": Mesh(8, 1), "2x4": Mesh(2, 4)}
-# Both axes at once by default; each mesh takes ten seconds to compile.
-SLOW = pytest.mark.slow
-NAMES = ["2x4", pytest.param("1x8", marks=SLOW), pytest.param("8x1", marks=SLOW)]
-PARTS = {"1x8": 8, "8x1": 1, "2x4": 4}
+MESHES = {
+    "1x8": Mesh(1, 8),
+    "8x1": Mesh(8, 1),
+    "2x4": Mesh(2, 4),
+    "experts": Mesh(2, 2, expert=2),
+    "hosts, ZeRO-1": Mesh(1, 2, host=2, expert=2, zero=1),
+    "experts, ZeRO-2": Mesh(1, 2, expert=4, zero=2),
+}
+# Several axes at once by default; each mesh takes ten seconds to compile.
+PARTS = {"1x8": 8, "8x1": 1, "2x4": 4, "experts": 4, "hosts, ZeRO-1": 8, "experts, ZeRO-2": 8}
+DEFAULT = "experts", "hosts, ZeRO-1"
+NAMES = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 
@@ -67,8 +75,14 @@ def on(tiny, drawn) -> Callable[[str], Ran]:
 @pytest.fixture(scope="module")
 def alone(tiny, drawn) -> tuple[list, TrainState]:
     """Losses and state after the same steps on a single device, without any mesh."""
-    step, state = build_step(tiny), jax.tree.map(jnp.array, drawn)
-    stream, losses = Runtime(tiny, load_corpus(tiny)).stream, []
+    return run_alone(tiny, drawn)
+
+
+def run_alone(run: Run, drawn: TrainState) -> tuple[list, TrainState]:
+    step, state = build_step(run), jax.tree.map(jnp.array, drawn)
+    corpus = load_corpus(run)
+    stream = TrainStream(corpus.train, run.data.seq_len, run.train, run.data_seed)
+    losses = []
     for n in range(STEPS):
         state, metrics = step(state, stream.batch(n)[None], jnp.int32(1))
         losses.append([float(metrics[name]) for name in ("loss", "mtp_loss", "max_vio")])
@@ -80,6 +94,16 @@ def alone(tiny, drawn) -> tuple[list, TrainState]:
 def test_losses_are_those_of_a_single_device(mesh, on, alone):
     np.testing.assert_allclose(on(mesh).losses, alone[0], rtol=1e-5)
     assert on(mesh).losses[-1][0] < on(mesh).losses[0][0]
+
+
+def test_fp8_losses_are_near_those_of_a_single_device(tiny):
+    """Tiles that lie along tokens are other ones on every device."""
+    widths = {"kv_lora_rank": 32, "qk_nope_dim": 16, "qk_rope_dim": 16, "v_dim": 16}
+    run = replace(tiny, precision="fp8", model=replace(tiny.model, **widths))
+    drawn = draw_state(run)
+    found = Ran(replace(run, mesh=Mesh(2, 2, expert=2, zero=1)), drawn)
+    expected, _ = run_alone(run, drawn)
+    np.testing.assert_allclose(np.array(found.losses)[:, :2], np.array(expected)[:, :2], rtol=2e-3)
 
 
 @pytest.mark.parametrize("mesh", NAMES)
@@ -118,40 +142,30 @@ def test_every_array_keeps_its_sharding_so_the_step_compiles_once(mesh, on):
     assert ran.runtime._step._cache_size() == 1
 
 
-def test_each_device_attends_to_its_own_sequences(monkeypatch):
-    """Kernels too, which XLA cannot divide: what they are called with is one device's part."""
-    door, seen = attention.mla_attention, []
-
-    def watched(q, *operands, **how):
-        seen.append(q.shape)
-        return door(q, *operands, **how)
-
-    monkeypatch.setattr(attention, "mla_attention", watched)
-    mesh = build_mesh(Mesh(2, 4))
-    shapes = (16, 5, 3, 12), (16, 5, 3, 14), (16, 5, 4)
-    keys = jax.random.split(jax.random.key(0), 3)
-    operands = [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
-    expected = attention.local_attention(*operands, 0.3)
-    divided = jax.device_put(operands, batch_sharding(mesh))
-    run = jax.jit(lambda *operands: placement_on(mesh).attention(*operands, 0.3))
-    compiled = run.lower(*divided).compile()
-    assert seen == [(16, 5, 3, 12), (2, 5, 3, 12)]
-    assert not re.search("all-|collective", compiled.as_text())
-    found = compiled(*divided)
-    assert found.addressable_shards[0].data.shape == (2, 5, 3, 6)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def test_layers_of_a_stack_are_never_divided():
-    assert fsdp_spec((8, 16, 24), 8, stacked=True) == jax.P(None, None, "fsdp")
-    assert fsdp_spec((64, 16, 9), 8, stacked=True) == jax.P(None, "fsdp")
-    assert fsdp_spec((64, 16, 9), 8, stacked=False) == jax.P("fsdp")
+    assert spec((8, 16, 24), "moe", "q") == P(None, None, "fsdp")
+    assert spec((64, 16, 9), "dense", "q") == P(None, "fsdp")
+    assert spec((64, 16, 9), "mtp", "q") == P("fsdp")
 
 
 def test_small_and_odd_arrays_are_replicated():
-    assert fsdp_spec((8, 8), 8, stacked=False) == jax.P()
-    assert fsdp_spec((63, 65), 8, stacked=False) == jax.P()
-    assert fsdp_spec((64, 64), 1, stacked=False) == jax.P()
+    assert spec((8, 8), "embed") == P()
+    assert spec((63, 65), "embed") == P()
+    assert spec((64, 64), "embed", fsdp=1) == P()
+
+
+def test_experts_are_divided_over_their_axes_and_further_over_fsdp():
+    sizes = {"fsdp": 2, "host": 2, "expert": 4}
+    names = "moe", "mlp", "experts", "gate_up"
+    assert spec((5, 16, 32, 64), *names, **sizes) == P(None, EXPERTS, None, "fsdp")
+    assert spec((16, 32, 64), "mtp", *names[1:], **sizes) == P(EXPERTS, None, "fsdp")
+    assert spec((5, 32, 64), "moe", "attn", "q", **sizes) == P(None, None, STATE)
+    with pytest.raises(ValueError, match="12 experts do not divide over mesh host=2, expert=4"):
+        spec((5, 12, 32, 64), *names, **sizes)
+
+
+def spec(shape, *names, fsdp=8, host=1, expert=1):
+    return divide(shape, {"data": 1, "fsdp": fsdp, "host": host, "expert": expert}, names).spec
 
 
 def test_published_model_is_divided_by_layer_contents():
@@ -163,13 +177,13 @@ def test_published_model_is_divided_by_layer_contents():
 
 @pytest.mark.parametrize("mesh", [Mesh(3, -1), Mesh(2, 2), Mesh(16, -1), Mesh(8, 2)])
 def test_mesh_that_does_not_fit_names_its_axes_and_the_devices(mesh):
-    with pytest.raises(ValueError, match=rf"data={mesh.data}, fsdp={mesh.fsdp} .* 8 devices"):
+    with pytest.raises(ValueError, match=rf"data={mesh.data}, fsdp={mesh.fsdp}, .* 8 devices"):
         build_mesh(mesh)
 
 
 def test_mesh_takes_what_is_left():
-    assert dict(build_mesh(Mesh(2, -1)).shape) == {"data": 2, "fsdp": 4}
-    assert dict(build_mesh(Mesh(-1, 2)).shape) == {"data": 4, "fsdp": 2}
+    assert tuple(build_mesh(Mesh(2, -1)).shape.values()) == (2, 4, 1, 1)
+    assert tuple(build_mesh(Mesh(-1, 2, expert=2)).shape.values()) == (2, 2, 1, 2)
     assert build_mesh(Mesh(), devices=1).size == 1
 
 
@@ -181,8 +195,8 @@ def test_batch_that_does_not_divide_names_the_numbers(tiny, batch, parts, micro)
         Runtime(run, load_corpus(run))
 
 
-def test_checkpoint_of_one_mesh_is_restored_onto_another(on, tiny, tmp_path):
-    saved = on("2x4").state
+def test_checkpoint_is_restored_onto_another_number_of_experts_a_device(on, tiny, tmp_path):
+    saved = on("experts").state
     with CheckpointStore(tmp_path) as store:
         store.save(STEPS, saved._asdict(), {})
         store.wait()

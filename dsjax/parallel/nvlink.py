@@ -1,0 +1,87 @@
+"""The exchange by our own kernels: tokens read over NVLink straight into their experts' rows.
+
+For the Hopper GPUs of one process, each of which can read the others' memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsjax.parallel.exchange import Route, Spread
+
+from pallas_kernels import expert_exchange as kernels
+from pallas_kernels.device import is_hopper
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int, Int32
+
+    from pallas_kernels.gemm_backend import Backend
+    from pallas_kernels.token_order import Order
+
+MOST_RANKS = 8  # of an NVLink domain of Hopper hosts
+
+
+class LinkRoute(NamedTuple):
+    overflow: Bool[Array, ""]
+    tokens: Int32[Array, " S"]
+    """Those that have a row here, in order; only the first `count` count."""
+    count: Int32[Array, "1"]
+    to: Bool[Array, "T r"]
+    """The ranks that have a row of this one's tokens."""
+
+
+@dataclass(frozen=True)
+class NvLink(Spread):
+    """`Spread` whose ranks read what they need themselves."""
+
+    def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order:
+        order = super().order(experts_TK, experts)
+        needed = (order.slots >= 0).any(axis=1)
+        tokens = jnp.argsort(~needed, stable=True).astype(jnp.int32)
+        count = needed.sum(dtype=jnp.int32)[None]
+        route: Route = order.route
+        to = route.needs_RTR[jax.lax.axis_index(self.axis)]
+        return order._replace(route=LinkRoute(route.overflow, tokens, count, to))
+
+    def dispatch_quantized(
+        self, q: jax.Array, scale: jax.Array, order: Order, backend: Backend = "auto"
+    ) -> tuple[jax.Array, jax.Array]:
+        return kernels.dispatch_quantized(
+            q, scale, *self._way(order), axis=self.axis, rows=len(order.choices), backend=backend
+        )
+
+    def _rows(self, x: jax.Array, order: Order, backend: Backend) -> jax.Array:
+        return kernels.dispatch_rows(
+            x, *self._way(order), axis=self.axis, rows=len(order.choices), backend=backend
+        )
+
+    def _sums(
+        self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
+    ) -> jax.Array:
+        route: LinkRoute = order.route
+        parts = kernels.reduce_rows(
+            rows, order.slots, weights_SK, route.tokens, route.count, backend=backend
+        )
+        return kernels.combine_ranks(parts, route.to, axis=self.axis, backend=backend)
+
+    def _way(self, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return order.slots, order.route.tokens, order.route.count
+
+
+def missing_for_nvlink(mesh: Mesh) -> str | None:
+    """Why a mesh's `expert` axis cannot have this exchange; None if it can."""
+    ranks, devices = mesh.shape["expert"], mesh.devices.reshape(-1)
+    if not is_hopper():
+        return f"its kernels need Hopper GPUs (H100, H200), and this is {devices[0].device_kind}"
+    if jax.process_count() > 1:
+        return f"it takes the GPUs of one process, and there are {jax.process_count()} processes"
+    if ranks > MOST_RANKS:
+        return f"it takes up to {MOST_RANKS} GPUs, and expert is {ranks}"
+    if [device.id for device in devices] != sorted(device.id for device in devices):
+        return f"it takes devices in order, and the mesh has {[device.id for device in devices]}"
+    return None

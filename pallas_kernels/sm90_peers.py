@@ -1,0 +1,173 @@
+"""How a kernel reaches the other ranks of a mesh axis, over NVLink and within one process.
+
+A kernel is written once for two forms of its ranks. `Peers` are the devices along an axis of the
+mesh that `jax.shard_map` runs over: remote references, one semaphore a CTA, no multicast. `OneCard`
+stacks the arrays of all ranks on one device and gives the grid an axis for them, for tests in
+interpret mode, which knows no remote references, and on a single GPU.
+
+Before a kernel that names peers XLA lets all devices of the mesh wait for one another, so that what
+ran before is complete everywhere; `finish` is the same at the kernel's end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOGICAL = pl.DeviceIdType.LOGICAL
+Scalar = Any
+Axis = str | tuple[str, ...]
+
+
+class Ranks(Protocol):
+    """What kernels ask of either form."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Leading dimensions that every operand and output has besides its own."""
+        ...
+
+    def grid(self, ctas: int) -> dict[str, Any]:
+        """`ctas` CTAs a rank, axis "cta"."""
+        ...
+
+    def semaphores(self) -> dict[str, Any]:
+        """Scratch of the kernel: `done`, where there is anybody to wait for."""
+        ...
+
+    def rank(self) -> Scalar: ...
+
+    def own(self, ref: Any) -> Any:
+        """This rank's part of an operand or output."""
+        ...
+
+    def of(self, ref: Any, rank: Scalar) -> Any:
+        """That rank's part."""
+        ...
+
+    def finish(self, done: Any) -> None:
+        """Tell that all traffic of this CTA is complete; wait until it is so on every rank."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The devices along `axis`, one name or several, of a mesh with those sizes, in its order.
+
+    Devices are known to a kernel by their place in the mesh: jax wants it to list them in the order
+    of their ids (NotImplementedError when lowering), and all of them to belong to one process.
+    """
+
+    axis: tuple[str, ...]
+    mesh: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def along(cls, axis: Axis) -> Peers:
+        """Those of the `jax.shard_map` that is being traced.
+
+        Raises ValueError for axes that it does not map and where it leaves other axes to XLA: a
+        kernel has to know its place on all of them.
+        """
+        names = (axis,) if isinstance(axis, str) else tuple(axis)
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+        if not names or not set(names) <= set(mesh.manual_axes):
+            mapped = ", ".join(map(repr, mesh.manual_axes)) or "none"
+            raise ValueError(f"axis is {axis!r}: expected one that jax.shard_map maps ({mapped})")
+        left = [name for name, size in sizes.items() if size > 1 and name not in mesh.manual_axes]
+        if left:
+            raise ValueError(
+                f"jax.shard_map leaves {left} of the mesh {sizes} to XLA: map them too"
+            )
+        return cls(names, tuple((name, size) for name, size in sizes.items()))
+
+    @property
+    def count(self) -> int:
+        return math.prod(size for name, size in self.mesh if name in self.axis)
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        return ()
+
+    def grid(self, ctas: int) -> dict[str, Any]:
+        return dict(grid=(ctas,), grid_names=("cta",))
+
+    def semaphores(self) -> dict[str, Any]:
+        return dict(done=plgpu.SemaphoreType.REGULAR) if self.count > 1 else {}
+
+    def rank(self) -> Scalar:
+        place, sizes = jnp.int32(0), dict(self.mesh)
+        for name in self.axis:
+            if sizes[name] > 1:
+                place = place * sizes[name] + lax.axis_index(name)
+        return place
+
+    def own(self, ref: Any) -> Any:
+        return ref
+
+    def of(self, ref: Any, rank: Scalar) -> Any:
+        return plgpu.remote_ref(ref, self._place(rank), LOGICAL) if self.count > 1 else ref
+
+    def finish(self, done: Any) -> None:
+        if self.count == 1:
+            return
+        me = self.rank()
+        for step in range(1, self.count):
+            place = self._place(lax.rem(me + step, jnp.int32(self.count)))
+            pl.semaphore_signal(done, device_id=place, device_id_type=LOGICAL)
+        pl.semaphore_wait(done, self.count - 1, decrement=False)
+
+    def _place(self, rank: Scalar) -> Scalar:
+        """Which device of the mesh has that rank, of those that share this one's other axes."""
+        sizes, coordinates = dict(self.mesh), {}
+        for name in reversed(self.axis):
+            coordinates[name] = lax.rem(rank, jnp.int32(sizes[name]))
+            rank = lax.div(rank, jnp.int32(sizes[name]))
+        place = jnp.int32(0)
+        for name, size in self.mesh:
+            if size > 1:
+                own = coordinates[name] if name in coordinates else lax.axis_index(name)
+                place = place * size + own
+        return place
+
+
+ALONE = Peers((), ())  # one rank
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCard:
+    """All ranks on one device: their arrays lie behind one another on a leading axis."""
+
+    count: int
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        return (self.count,)
+
+    def grid(self, ctas: int) -> dict[str, Any]:
+        return dict(grid=(self.count, ctas), grid_names=("rank", "cta"))
+
+    def semaphores(self) -> dict[str, Any]:
+        return {}
+
+    def rank(self) -> Scalar:
+        return lax.axis_index("rank")
+
+    def own(self, ref: Any) -> Any:
+        return ref.at[self.rank()]
+
+    def of(self, ref: Any, rank: Scalar) -> Any:
+        return ref.at[rank]
+
+    def finish(self, done: Any) -> None:
+        """The end of a kernel is the barrier."""
