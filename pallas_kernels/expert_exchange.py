@@ -66,7 +66,7 @@ def dispatch_rows(
     _check_tokens(slots, tokens, count)
     _check_dispatch(x, slots, rows, ctas, axis)
     x = _constant(x)
-    if _moves(backend, x, slots) and (peers := _peers(backend, axis)):
+    if _moves(backend, x, slots) and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_dispatch as sm90
 
         ctas = ctas or sm90.CTAS
@@ -88,13 +88,13 @@ def dispatch_quantized(
 ) -> tuple[Float8e4m3fn[Array, "rows d"], Float32[Array, "rows tiles"]]:
     """`dispatch_rows` of e4m3 [T, d] and of its float32 scales [T, ceil(d / 128)].
 
-    The scales that a kernel gives lie K-block-major in memory, as those of `gather_quantized`.
+    The scales come as rows do, beside their tokens.
     """
     checks.fp8("q", q, scale, "[T, d]")
     _check_tokens(slots, tokens, count)
     _check_dispatch(q, slots, rows, ctas, axis)
     q, scale = _constant(q), _constant(scale)
-    if _moves(backend, q, slots) and (peers := _peers(backend, axis)):
+    if _moves(backend, q, slots) and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_dispatch as sm90
 
         given, ctas = (q, scale, slots, tokens, count), ctas or sm90.CTAS
@@ -127,7 +127,7 @@ def cast_dispatch(
     _check_ctas(ctas)
     x = _constant(x)
     known = about.shape[1] > 0
-    if known and _sums(backend, x, ranks, "R") and (peers := _peers(backend, axis)):
+    if known and _sums(backend, x, ranks, "R") and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_low_latency as sm90
 
         options = dict(ctas=ctas or sm90.CTAS, power_of_two=power_of_two)
@@ -191,7 +191,7 @@ def combine_ranks(
     checks.exact("partial", partial, (count * tokens, partial.shape[1]), partial.dtype)
     _check_ctas(ctas)
     partial = _constant(partial)
-    if _sums(backend, partial, ranks, "R") and (peers := _peers(backend, axis)):
+    if _sums(backend, partial, ranks, "R") and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_combine as sm90
 
         return sm90.combine(partial, ranks, peers=peers, ctas=ctas or sm90.CTAS)
@@ -304,7 +304,7 @@ def _sums(backend: Backend, y: jax.Array, choices: jax.Array, letter: str) -> bo
     return fits and y.size > 0 and choices.size > 0 and gemm_backend.takes_kernels(backend)
 
 
-def _peers(backend: Backend, axis: Axis) -> Peers | None:
+def reachable_peers(backend: Backend, axis: Axis) -> Peers | None:
     """The other ranks where kernels reach their memory, which is within one process."""
     from pallas_kernels.sm90_peers import Peers
 

@@ -55,8 +55,16 @@ class Ranks(Protocol):
         """That rank's part."""
         ...
 
+    def arrive(self, done: Any) -> None:
+        """Tell all ranks that this CTA's traffic is complete."""
+        ...
+
+    def wait(self, done: Any) -> None:
+        """Until the same CTA of every rank has told so."""
+        ...
+
     def finish(self, done: Any) -> None:
-        """Tell that all traffic of this CTA is complete; wait until it is so on every rank."""
+        """Both."""
         ...
 
 
@@ -118,14 +126,19 @@ class Peers:
     def of(self, ref: Any, rank: Scalar) -> Any:
         return plgpu.remote_ref(ref, self._place(rank), LOGICAL) if self.count > 1 else ref
 
-    def finish(self, done: Any) -> None:
-        if self.count == 1:
-            return
+    def arrive(self, done: Any) -> None:
         me = self.rank()
         for step in range(1, self.count):
             place = self._place(lax.rem(me + step, jnp.int32(self.count)))
             pl.semaphore_signal(done, device_id=place, device_id_type=LOGICAL)
-        pl.semaphore_wait(done, self.count - 1, decrement=False)
+
+    def wait(self, done: Any) -> None:
+        if self.count > 1:
+            pl.semaphore_wait(done, self.count - 1, decrement=False)
+
+    def finish(self, done: Any) -> None:
+        self.arrive(done)
+        self.wait(done)
 
     def _place(self, rank: Scalar) -> Scalar:
         """Which device of the mesh has that rank, of those that share this one's other axes."""
@@ -169,5 +182,7 @@ class OneCard:
     def of(self, ref: Any, rank: Scalar) -> Any:
         return ref.at[rank]
 
-    def finish(self, done: Any) -> None:
+    def arrive(self, done: Any) -> None:
         """The end of a kernel is the barrier."""
+
+    wait = finish = arrive

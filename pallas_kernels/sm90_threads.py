@@ -59,9 +59,9 @@ def down(x: ir.Value, y: int) -> ir.Value:
     return arith.shrui(x, const(y))
 
 
-def less(x: ir.Value, y: int | ir.Value) -> ir.Value:
+def less(x: int | ir.Value, y: int | ir.Value) -> ir.Value:
     """Of signed numbers."""
-    return arith.cmpi(arith.CmpIPredicate.slt, x, const(y))
+    return arith.cmpi(arith.CmpIPredicate.slt, const(x), const(y))
 
 
 def within(x: ir.Value, count: int) -> ir.Value:

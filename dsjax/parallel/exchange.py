@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.expert_layout import ExpertLayout, place
 from pallas_kernels.quantize import dequantize, quantize_tiles
 from pallas_kernels.token_order import Order
 
@@ -43,10 +44,11 @@ class Transport(Protocol):
 
 
 class Route(NamedTuple):
-    needs_RTR: Bool[Array, "r T r"]
-    """Whether a device (first axis) sends its token to a device (last axis)."""
-    overflow: Bool[Array, ""]
-    """Whether any device of the axis has more rows than room."""
+    way: Any
+    """How to find it: for `SpreadBy` whether a device (first axis) sends a token to a device (last
+    axis), [ranks, T, ranks]."""
+    overflow: Bool[Array, ""] | None
+    """Whether any device of the axis has more rows than room; None where that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,19 @@ class Spread:
     def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order:
         t, k = experts_TK.shape
         all_SK = jax.lax.all_gather(experts_TK, self.axis, tiled=True)
-        mine_SK = all_SK - jax.lax.axis_index(self.axis) * experts
-        here_SK = (all_SK >= 0) & (mine_SK >= 0) & (mine_SK < experts)
-        flat = jnp.where(here_SK, mine_SK, experts).reshape(-1)
-        choices = jnp.argsort(flat, stable=True).astype(jnp.int32)
-        place = jnp.zeros_like(choices).at[choices].set(jnp.arange(len(flat), dtype=jnp.int32))
-        rows = self.rows(t, k, experts)
-        slots = jnp.where(here_SK.reshape(-1) & (place < rows), place, -1).reshape(all_SK.shape)
-        ends = jnp.cumsum(jnp.bincount(flat, length=experts + 1)[:experts]).astype(jnp.int32)
-        sizes = jnp.diff(jnp.minimum(ends, rows), prepend=0)
-        overflow = jax.lax.pmax((ends[-1] > rows).astype(jnp.int32), self.axis) > 0
+        layout = place(all_SK, jax.lax.axis_index(self.axis) * experts, experts)
         owner = jnp.where(all_SK >= 0, all_SK // experts, -1).reshape(self.ranks, t, k, 1)
         needs = (owner == jnp.arange(self.ranks)).any(axis=2)
-        return Order(choices[:rows], slots, sizes, Route(needs, overflow))
+        return self._within_room(layout, self.rows(t, k, experts), needs)
+
+    def _within_room(self, layout: ExpertLayout, rows: int, way: Any) -> Order:
+        slots, sizes, overflow = layout.slots, layout.sizes, None
+        if self.room is not None:
+            ends = jnp.cumsum(sizes)
+            overflow = jax.lax.pmax((ends[-1] > rows).astype(jnp.int32), self.axis) > 0
+            slots = jnp.where(slots < rows, slots, -1)
+            sizes = jnp.diff(jnp.minimum(ends, rows), prepend=0)
+        return Order(_choices(slots, rows), slots, sizes, Route(way, overflow))
 
     def rows(self, tokens: int, choices: int, experts: int) -> int:
         """How many a device has room for."""
@@ -110,7 +112,8 @@ class Spread:
         if weights_TK is not None:
             weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True)
         out = self._sums(rows, order, weights, backend)
-        return jnp.where(order.route.overflow, jnp.nan, out)
+        overflow = order.route.overflow
+        return out if overflow is None else jnp.where(overflow, jnp.nan, out)
 
     def by_row(self, weights_TK: Float[Array, "T k"], order: Order) -> Float[Array, " r"]:
         weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True).reshape(-1)
@@ -139,14 +142,14 @@ class SpreadBy(Spread):
     transport: Transport = field(kw_only=True)
 
     def _rows(self, x: jax.Array, order: Order, backend: Backend) -> jax.Array:
-        found = self.transport.send(x, order.route.needs_RTR, self.axis)
+        found = self.transport.send(x, order.route.way, self.axis)
         return found[order.tokens]
 
     def _sums(
         self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
     ) -> jax.Array:
         parts = partial_sums(rows, order.slots, weights_SK)
-        return self.transport.bring(parts, order.route.needs_RTR, self.axis)
+        return self.transport.bring(parts, order.route.way, self.axis)
 
 
 def partial_sums(
@@ -159,3 +162,11 @@ def partial_sums(
         part = part if weights_SK is None else part * weights_SK[:, j, None]
         total += jnp.where(slots[:, None] >= 0, part, 0)
     return total.astype(rows.dtype)
+
+
+def _choices(slots_SK: Int[Array, "S k"], rows: int) -> Int[Array, " r"]:
+    """Of each row the number of the choice that it is for, 0 for rows of nobody."""
+    flat = slots_SK.reshape(-1)
+    to = jnp.where(flat < 0, rows + jnp.arange(len(flat)), flat)
+    numbers = jnp.arange(len(flat), dtype=jnp.int32)
+    return jnp.zeros(rows, jnp.int32).at[to].set(numbers, mode="drop", unique_indices=True)

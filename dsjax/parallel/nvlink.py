@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsjax.parallel.exchange import Route, Spread
-
+from dsjax.parallel.exchange import Spread
 from pallas_kernels import expert_exchange as kernels
 from pallas_kernels.device import is_hopper
+from pallas_kernels.expert_layout import expert_layout
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Int32
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 MOST_RANKS = 8  # of an NVLink domain of Hopper hosts
 
 
-class LinkRoute(NamedTuple):
-    overflow: Bool[Array, ""]
+class Way(NamedTuple):
     tokens: Int32[Array, " S"]
     """Those that have a row here, in order; only the first `count` count."""
     count: Int32[Array, "1"]
@@ -40,13 +39,11 @@ class NvLink(Spread):
     """`Spread` whose ranks read what they need themselves."""
 
     def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order:
-        order = super().order(experts_TK, experts)
-        needed = (order.slots >= 0).any(axis=1)
-        tokens = jnp.argsort(~needed, stable=True).astype(jnp.int32)
-        count = needed.sum(dtype=jnp.int32)[None]
-        route: Route = order.route
-        to = route.needs_RTR[jax.lax.axis_index(self.axis)]
-        return order._replace(route=LinkRoute(route.overflow, tokens, count, to))
+        layout = expert_layout(experts_TK, experts, axis=self.axis)
+        owner = jnp.where(experts_TK >= 0, experts_TK // experts, -1)
+        to = (owner[:, :, None] == jnp.arange(self.ranks)).any(axis=1)
+        way = Way(layout.tokens, layout.count, to)
+        return self._within_room(layout, self.rows(*experts_TK.shape, experts), way)
 
     def dispatch_quantized(
         self, q: jax.Array, scale: jax.Array, order: Order, backend: Backend = "auto"
@@ -63,14 +60,14 @@ class NvLink(Spread):
     def _sums(
         self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
     ) -> jax.Array:
-        route: LinkRoute = order.route
+        way: Way = order.route.way
         parts = kernels.reduce_rows(
-            rows, order.slots, weights_SK, route.tokens, route.count, backend=backend
+            rows, order.slots, weights_SK, way.tokens, way.count, backend=backend
         )
-        return kernels.combine_ranks(parts, route.to, axis=self.axis, backend=backend)
+        return kernels.combine_ranks(parts, way.to, axis=self.axis, backend=backend)
 
     def _way(self, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return order.slots, order.route.tokens, order.route.count
+        return order.slots, order.route.way.tokens, order.route.way.count
 
 
 def missing_for_nvlink(mesh: Mesh) -> str | None:
