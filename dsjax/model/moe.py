@@ -15,6 +15,7 @@ from flax import nnx
 
 from dsjax.model.init import normal
 from dsjax.model.precision import plain, project
+from dsjax.model.replicas import Replicas
 from dsjax.model.router import Router, RouterStats, router_stats
 from pallas_kernels import grouped_gemm
 from pallas_kernels.fp8_experts import fp8_experts
@@ -147,12 +148,13 @@ class Mlp(nnx.Module):
 
 
 class RoutedExperts(nnx.Module):
-    """The weights of all routed experts, stacked."""
+    """The weights of all routed experts, stacked; of copies of some where there are replicas."""
 
     def __init__(self, config: Model, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         e, d, f, std = config.experts, config.dim, config.expert_hidden, config.init_std
         self.gate_up = normal(rngs, (e, d, 2 * f), std, param_dtype)
         self.down = normal(rngs, (e, f, d), std, param_dtype)
+        self.replicas: Replicas | None = nnx.data(None)
 
 
 class Moe(nnx.Module):
@@ -173,8 +175,9 @@ class Moe(nnx.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD)
         experts = self.experts.gate_up[...], self.experts.down[...]
-        chosen = routing.experts_TK, routing.weights_TK
-        routed = routed_experts(x_TD, *chosen, *experts, exchange)
+        chosen, replicas = routing.experts_TK, self.experts.replicas
+        chosen = chosen if replicas is None else replicas(chosen)
+        routed = routed_experts(x_TD, chosen, routing.weights_TK, *experts, exchange)
         out = routed.reshape(x.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):

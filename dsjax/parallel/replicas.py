@@ -1,8 +1,4 @@
-"""What a model rebalanced by EPLB (V3 report, 3.4) needs: weights moved, tokens spread.
-
-Weights take the order of a plan, replicas being copies. Routing stays with the model's experts, and
-an expert exchange behind it sees physical experts alone.
-"""
+"""A model's experts in the order of an EPLB plan (V3 report, section 3.4), with its copies."""
 
 from __future__ import annotations
 
@@ -12,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
+from dsjax.model import Transformer
+from dsjax.model.block import Block
+from dsjax.model.moe import Moe
+from dsjax.model.replicas import Replicas
+from dsjax.parallel.balance import ExpertPlan
 from pallas_kernels.fp8_weight import Fp8Weight
 
 if TYPE_CHECKING:
@@ -42,32 +44,38 @@ def place_experts(
     return jax.tree.map(_with_gauge, moved, weights, is_leaf=_is_fp8)
 
 
-def spread_over_replicas(
-    experts_TK: Int[Array, "T k"],
-    logical_to_physical: Int[Array, "e most"],
-    logical_count: Int[Array, " e"],
-    start: int | Int[Array, ""] = 0,
-) -> Int[Array, "T k"]:
-    """The place of one replica of each chosen expert; a choice of -1, no expert, stays -1.
+def with_replicas(model: Transformer, plan: ExpertPlan) -> Transformer:
+    """A model of the same logits, up to round-off, whose experts lie as the plan has them.
 
-    The replicas of an expert take turns along the tokens, every choice one replica on from the one
-    before. start: where turns begin; devices that hold few tokens each should give their number,
-    or an expert's first replica would get most. One layer's part of a plan; raises ValueError on
-    shapes that do not fit and on ids that are no integers.
+    The plan's layers are the model's MoE layers, then those of MTP where it has more. Raises
+    ValueError for another number of layers or experts. For inference: gradients of an expert's
+    copies are not added up.
     """
-    experts = _integers("experts_TK", experts_TK, 2)
-    places = _integers("logical_to_physical", logical_to_physical, 2)
-    count = _integers("logical_count", logical_count, 1)
-    if len(places) != len(count):
+    layers, depths = model.config.moe_layers, len(model.mtp)
+    given = len(plan.physical_to_logical)
+    if given not in (layers, layers + depths):
         raise ValueError(
-            f"logical_to_physical is {places.shape}, logical_count {count.shape}: expected "
-            "[e, most] and [e]"
+            f"the plan has {given} layers: the model has {layers} with experts and {depths} of MTP"
         )
-    tokens, k = experts.shape
-    turn = start + jnp.arange(tokens)[:, None] + jnp.arange(k)
-    expert = jnp.maximum(experts, 0)
-    chosen = places[expert, turn % count[expert]]
-    return jnp.where(experts < 0, -1, chosen).astype(experts.dtype)
+    model = nnx.clone(model)
+    if model.moe is not None:
+        _replicate(model.moe, ExpertPlan(*(part[:layers] for part in plan)))
+    for depth, number in enumerate(range(layers, given)):
+        of_layer = ExpertPlan(*(part[number] for part in plan))
+        _replicate(model.mtp[depth].block, of_layer)
+    return model
+
+
+def _replicate(block: Block, plan: ExpertPlan) -> None:
+    if not isinstance(block.mlp, Moe):
+        raise ValueError(f"the layer has {type(block.mlp).__name__}: expected experts")
+    experts, order = block.mlp.experts, jnp.asarray(plan.physical_to_logical)
+    _check_exist(plan.physical_to_logical, experts.gate_up.shape[order.ndim - 1])
+    weights = {name: getattr(experts, name)[...] for name in ("gate_up", "down")}
+    for name, placed in place_experts(weights, order).items():
+        getattr(experts, name).set_value(placed)
+    places, count = (jnp.asarray(part) for part in plan[1:])
+    experts.replicas = Replicas(places, count)
 
 
 def _integers(name: str, array: Any, *ranks: int) -> jax.Array:

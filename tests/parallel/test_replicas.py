@@ -1,15 +1,23 @@
 """Replicated experts give the results of the experts themselves, and share the tokens evenly."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from dsjax.config import Exchange, Mesh
+from dsjax.model import Transformer
 from dsjax.model.moe import routed_experts
+from dsjax.model.replicas import spread_over_replicas
+from dsjax.parallel import build_mesh, choose_exchange
 from dsjax.parallel.balance import ExpertPlan, rebalance_experts
-from dsjax.parallel.replicas import place_experts, spread_over_replicas
+from dsjax.parallel.replicas import place_experts, with_replicas
 from pallas_kernels.fp8_recipe import Recipe
 from pallas_kernels.fp8_weight import Fp8Weight
+from tests.tiny import CONFIG, random_tokens, random_transformer
 
 LAYERS, EXPERTS, REPLICAS, DIM, HIDDEN, TOKENS, TOP_K = 2, 8, 12, 16, 24, 40, 3
 
@@ -196,3 +204,63 @@ def test_routings_and_plans_that_do_not_fit_are_refused(changed, message):
     }
     with pytest.raises(ValueError, match=message):
         spread_over_replicas(**{**fitting, **changed})
+
+
+def balanced_model(depths: int) -> tuple[Transformer, ExpertPlan]:
+    model = random_transformer(mtp_depth=1)
+    load = np.random.default_rng(5).pareto(1, (2 + depths, CONFIG.experts))
+    return model, rebalance_experts(load, 12, 4, 2, 4)
+
+
+@pytest.mark.parametrize("depths", [0, 1])
+def test_logits_of_a_whole_model_stay_and_its_replicas_work(depths):
+    model, plan = balanced_model(depths)
+    tokens = random_tokens(2, 24)
+    run = jax.jit(lambda model, tokens: model(tokens))
+    call = functools.partial(run, tokens=tokens)
+    placed = with_replicas(model, plan)
+    assert placed.moe.mlp.experts.gate_up.shape[1] == 12
+    assert model.moe.mlp.experts.gate_up.shape[1] == CONFIG.experts
+    np.testing.assert_allclose(call(placed), call(model), atol=2e-5)
+    copied = int(np.argmax(plan.logical_count[0]))
+    poisoned = place_of(plan, copied)
+    weights = placed.moe.mlp.experts.down
+    weights.set_value(weights[...].at[0, poisoned].set(jnp.nan))
+    assert np.isnan(call(placed)).any()
+
+
+def place_of(plan: ExpertPlan, expert: int) -> int:
+    """Of its second copy, which no model without replicas has."""
+    assert plan.logical_count[0, expert] > 1
+    return int(plan.logical_to_physical[0, expert, 1])
+
+
+def test_a_plan_of_other_layers_is_refused():
+    model, plan = balanced_model(0)
+    short = ExpertPlan(*(part[:1] for part in plan))
+    with pytest.raises(ValueError, match="plan has 1 layers: the model has 2 with experts and 1"):
+        with_replicas(model, short)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
+def test_replicas_are_spread_over_devices_as_experts_are():
+    """A plan numbers its places GPU by GPU, as an exchange does."""
+    mesh = build_mesh(Mesh(data=2, fsdp=1, expert=4))
+    plan, weights, (x, gates) = make_plan(0), draw_experts(), draw_tokens()
+    chosen = draw_routing(0)
+    placed = place_experts(weights, plan.physical_to_logical)
+    spread = P(mesh.axis_names)
+
+    def layer(x, chosen, gates, gate_up, down):
+        physical = spread_over_replicas(chosen, *layer_of(plan, 0))
+        exchange = choose_exchange(Exchange(), mesh)
+        return routed_experts(x, physical, gates, gate_up, down, exchange)
+
+    found = jax.jit(
+        jax.shard_map(
+            layer, mesh=mesh, in_specs=(spread, spread, spread, P("expert"), P("expert")),
+            out_specs=spread, check_vma=False,
+        )
+    )(x, chosen, gates, placed["gate_up"][0], placed["down"][0])  # fmt: skip
+    wanted = routed_experts(x, chosen, gates, weights["gate_up"][0], weights["down"][0])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
