@@ -1,6 +1,7 @@
 """A layer's routed experts spread over devices equal those of one, whatever the routing."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from dsjax.config import Exchange, Mesh
 from dsjax.model import routed_experts
+from dsjax.model.router import select_experts
 from dsjax.parallel import build_mesh, choose_exchange
 from dsjax.parallel.nvlink import NvLink
 from pallas_kernels import quantize_weight
 from pallas_kernels.fp8_gauge import new_gauge
 from pallas_kernels.fp8_weight import Fp8Weight
+from tests.tiny import CONFIG
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
 
@@ -213,3 +216,26 @@ def test_ragged_is_lowered_for_cuda():
     step = spread(mesh, SpreadBy("expert", 4, transport=Ragged()))
     text = step.trace(*draw("random")).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("ragged_all_to_all") >= 4
+
+
+def test_a_token_crosses_to_as_many_hosts_as_its_groups_are_limited_to():
+    """Groups of experts lie host by host: V3's M = 4 of 8 groups, here 2 of 4."""
+    mesh = build_mesh(MESHES["4 hosts of 2"])
+    exchange = choose_exchange(Exchange(), mesh)
+    config = replace(CONFIG, experts=E, top_k=K, groups=4, top_groups=2)
+    scores = np.random.default_rng(0).random((8 * T, E), np.float32)
+    chosen = np.asarray(select_experts(scores, np.zeros(E, np.float32), config))
+
+    def hosts(chosen):
+        needs = exchange.order(chosen, E // 8).route.needs_HTH
+        return needs[jax.lax.axis_index("host")].sum(axis=1)
+
+    spread_tokens = P(mesh.axis_names)
+    count = jax.jit(
+        jax.shard_map(
+            hosts, mesh=mesh, in_specs=spread_tokens, out_specs=spread_tokens, check_vma=False
+        )
+    )(chosen)
+    distinct = [len({expert // (E // 4) for expert in token}) for token in chosen]
+    np.testing.assert_array_equal(count, distinct)
+    assert max(distinct) == 2

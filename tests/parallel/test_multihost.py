@@ -37,7 +37,8 @@ from dsjax.config import Mesh
 from tests.train.conftest import make_run
 
 def recipe():
-    return make_run(Path({corpus!r}), mesh=Mesh(2, 4))
+    mesh = Mesh(fsdp=1, host=2, expert=4)
+    return make_run(Path({corpus!r}), model={{"experts": 8}}, mesh=mesh)
 """
 
 BROKEN = """
@@ -135,7 +136,8 @@ def recipe(corpus) -> Path:
 
 @pytest.fixture(scope="module")
 def run(corpus) -> Run:
-    return make_run(corpus, mesh=Mesh(2, 4))
+    mesh = Mesh(fsdp=1, host=2, expert=4)
+    return make_run(corpus, model={"experts": 8}, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
