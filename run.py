@@ -1,5 +1,5 @@
 """dsjax from the command line: train, generate, convert, info, tokenize, compare, precision, bench,
-profile.
+profile, plan.
 
 Each sub-command parses, calls and prints; the work is done in the rooms of `dsjax/`. Bad input ends
 with one line on stderr and exit code 2 (DSJAX_TRACEBACK=1 shows where it came from).

@@ -200,6 +200,37 @@ def combine_ranks(
     return _added(parts, (tokens, partial.shape[1])).astype(partial.dtype)
 
 
+def combine_rows(
+    y: Float[Array, "rows d"],
+    slots: Int32[Array, "R*T k"],
+    weights: Float32[Array, "R*T k"] | None,
+    tokens: Int32[Array, " R*T"],
+    count: Int32[Array, " 1"],
+    ranks: Bool[Array, "T R"] | Int32[Array, "T R"],
+    *,
+    axis: Axis,
+    ctas: int | None = None,
+    backend: Backend = "auto",
+) -> Float[Array, "T d"]:
+    """`combine_ranks` of `reduce_rows`, bit for bit, in one kernel; errors are those of both.
+
+    `tokens` list all that have a slot. A ValueError, too, for more `ctas` than the card runs at
+    once.
+    """
+    _check_tokens(slots, tokens, count)
+    _check_ranks(ranks, axis)
+    checks.array("y", y, "[rows, d]", jnp.bfloat16, jnp.float32)
+    if _sums(backend, y, slots, "k") and (peers := reachable_peers(backend, axis)):
+        from pallas_kernels.sm90_expert_push import combine_push
+
+        if weights is not None:
+            checks.exact("weights", weights, slots.shape)
+            weights = _constant(weights)
+        return combine_push(_constant(y), slots, weights, ranks, peers=peers, ctas=ctas)
+    partial = reduce_rows(y, slots, weights, tokens, count, backend=backend)
+    return combine_ranks(partial, ranks, axis=axis, ctas=ctas, backend=backend)
+
+
 # --- references --------------------------------------------------------------------------------
 
 

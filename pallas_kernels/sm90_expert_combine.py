@@ -84,11 +84,11 @@ class Local(NamedTuple):
     count: Any
 
     def total(self) -> Scalar:
-        return _inside(self.count[0], self.tokens.shape[0])
+        return clamped(self.count[0], self.tokens.shape[0])
 
     def token(self, i: Scalar) -> Scalar:
         last = self.tokens.shape[0] - 1
-        return _inside(self.tokens[_inside(i, last)], last)
+        return clamped(self.tokens[clamped(i, last)], last)
 
     def choices(self, token: Scalar) -> tuple[Scalar, ...]:
         return tuple(self.slots[token, j] for j in range(self.slots.shape[1]))
@@ -116,7 +116,7 @@ class Remote(NamedTuple):
         return jnp.int32(self._own.shape[0])
 
     def token(self, i: Scalar) -> Scalar:
-        return _inside(i, self._own.shape[0] - 1)
+        return clamped(i, self._own.shape[0] - 1)
 
     def choices(self, token: Scalar) -> tuple[Scalar, ...]:
         return tuple(self._own[token, rank] for rank in range(self.peers.count))
@@ -181,7 +181,7 @@ def _sum(
     out: jax.ShapeDtypeStruct, peers: Ranks, ctas: int, ring: Ring, interpret: Any,
 ) -> jax.Array:  # fmt: skip
     width = out.shape[-1]
-    columns, vector = _columns(width)
+    columns, vector = columns_of(width)
     stages = ring.fitting(columns * out.dtype.itemsize)
     layout = plgpu.Layout.WG_STRIDED((columns,), vector)
 
@@ -311,12 +311,12 @@ def _add(
     return used
 
 
-def _inside(x: Scalar, most: int) -> Scalar:
+def clamped(x: Scalar, most: int) -> Scalar:
     """x clamped to [0, most]; warps know no `lax.clamp`."""
     return lax.max(jnp.int32(0), lax.min(x, jnp.int32(most)))
 
 
-def _columns(width: int) -> tuple[int, int]:
+def columns_of(width: int) -> tuple[int, int]:
     """How a row is divided: columns summed at once, and neighbours that a thread takes."""
     vector = math.gcd(width // THREADS, VECTOR)
     parts = width // (THREADS * vector)

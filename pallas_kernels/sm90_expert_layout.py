@@ -28,7 +28,7 @@ from pallas_kernels.sm90_peers import Ranks
 THREADS, WARPS, WORD = 128, 4, 4
 MOST = 32  # tokens of a thread: their choices stay in shared memory
 CTAS = 128  # all of them on the card at once
-AT_ONCE = 32  # loads under way
+AT_ONCE = 16  # loads under way
 SCALAR, REF = plgpu.Layout.WG_SPLAT, plgpu.RefType()
 Refs = types.SimpleNamespace
 Scalar = Any

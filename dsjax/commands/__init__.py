@@ -8,4 +8,5 @@ FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
 COMMANDS = (
     "train", "generate", "convert", "info", "tokenize", "compare", "precision", "bench", "profile",
+    "plan",
 )  # fmt: skip

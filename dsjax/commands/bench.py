@@ -1,4 +1,4 @@
-"""run.py bench gemm, run.py bench mla and run.py bench training."""
+"""run.py bench gemm, mla, training and exchange."""
 
 from __future__ import annotations
 
@@ -79,9 +79,36 @@ class BenchTrainingCommand:
     more."""
 
 
-Command = BenchGemmCommand | BenchMlaCommand | BenchTrainingCommand
+@dataclass(frozen=True)
+class BenchExchangeCommand:
+    """Time expert dispatch and combine between the GPUs of a host beside XLA's collectives and the
+    links' ceilings."""
+
+    parts: tuple[Literal["links", "layout", "dispatch", "combine", "low_latency"], ...] = (
+        "links", "layout", "dispatch", "combine", "low_latency",
+    )  # fmt: skip
+    tokens: int = 4096
+    """Of a device; at low latency 128, or these if they are fewer. This and the sizes below are
+    DeepSeek-V3's by default."""
+    dim: int = 7168
+    experts: int = 256
+    """Of all devices together."""
+    top_k: int = 8
+    """Experts of a token."""
+    ctas: tuple[int, ...] = (0,)
+    """SMs that a kernel may take, such as 16 32, a row each; 0 leaves it to the kernel."""
+    rounds: int = 0
+    """Of a soak after the rows: ever other tokens and routings, every row checked."""
+    out: Path = RUNS / "bench_exchange"
+    """Folder of bench_exchange.json and exchange.png."""
+    seconds: float = 0.1
+    """Least time that seven readings of a call last; on a GPU each is about 20 ms or more."""
+
+
+Command = BenchGemmCommand | BenchMlaCommand | BenchTrainingCommand | BenchExchangeCommand
 COMMANDS: dict[str, Callable[..., Command]] = {
     "gemm": BenchGemmCommand, "mla": BenchMlaCommand, "training": BenchTrainingCommand,
+    "exchange": BenchExchangeCommand,
 }  # fmt: skip
 
 
@@ -107,9 +134,27 @@ def _run(command: Command) -> tuple[str, tuple[Outcome, list[Path]]]:
     if isinstance(command, BenchMlaCommand):
         settings = bench.MlaSettings(command.shapes, command.parts, *where)
         return "rows", bench.run_mla(settings, console)
+    if isinstance(command, BenchExchangeCommand):
+        return "rows", _run_exchange(command)
     sizes = bench.Sizes(
         command.tokens, command.batch, command.dim, command.experts, command.top_k,
         command.expert_hidden, command.shared_hidden, command.vocab_size,
     )  # fmt: skip
     settings = bench.TrainingSettings(command.parts, sizes, *where)
     return "rows", bench.run_training(settings, console)
+
+
+def _run_exchange(command: BenchExchangeCommand) -> tuple[Outcome, list[Path]]:
+    from dsjax.bench.exchange import ExchangeSettings
+    from dsjax.bench.exchange_loops import AXIS
+    from dsjax.bench.exchange_report import run_exchange
+    from dsjax.bench.exchange_shapes import Sizes
+    from dsjax.parallel.nvlink import NvLink
+
+    def layouts(ranks: int, room: float | None) -> NvLink:
+        return NvLink(AXIS, ranks, room=room)
+
+    sizes = Sizes(command.tokens, command.dim, command.experts, command.top_k)
+    where = command.out, command.seconds
+    settings = ExchangeSettings(layouts, command.parts, sizes, command.ctas, command.rounds, *where)
+    return run_exchange(settings, console)

@@ -61,10 +61,8 @@ class NvLink(Spread):
         self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
     ) -> jax.Array:
         way: Way = order.route.way
-        parts = kernels.reduce_rows(
-            rows, order.slots, weights_SK, way.tokens, way.count, backend=backend
-        )
-        return kernels.combine_ranks(parts, way.to, axis=self.axis, backend=backend)
+        known = order.slots, weights_SK, way.tokens, way.count, way.to
+        return kernels.combine_rows(rows, *known, axis=self.axis, backend=backend)
 
     def _way(self, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
         return order.slots, order.route.way.tokens, order.route.way.count
