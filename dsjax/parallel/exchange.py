@@ -9,6 +9,7 @@ Rows lie sorted by the experts of a device, within one by rank and token.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -52,7 +53,7 @@ class Route(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(ABC):
     """An exchange over an axis whose devices have equally many experts each."""
 
     axis: str
@@ -64,13 +65,8 @@ class Spread:
     hosts: int = 1
     """Among which choices were divided before."""
 
-    def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order:
-        t, k = experts_TK.shape
-        all_SK = jax.lax.all_gather(experts_TK, self.axis, tiled=True)
-        layout = place(all_SK, jax.lax.axis_index(self.axis) * experts, experts)
-        owner = jnp.where(all_SK >= 0, all_SK // experts, -1).reshape(self.ranks, t, k, 1)
-        needs = (owner == jnp.arange(self.ranks)).any(axis=2)
-        return self._within_room(layout, self.rows(t, k, experts), needs)
+    @abstractmethod
+    def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order: ...
 
     def _within_room(self, layout: ExpertLayout, rows: int, way: Any) -> Order:
         slots, sizes, overflow = layout.slots, layout.sizes, None
@@ -124,15 +120,15 @@ class Spread:
         found = jnp.where(order.slots >= 0, of_rows[jnp.maximum(order.slots, 0)], 0)
         return jax.lax.psum_scatter(found, self.axis, tiled=True)
 
+    @abstractmethod
     def _rows(self, x: jax.Array, order: Order, backend: Backend) -> jax.Array:
         """Tokens x [T, d] of any dtype in their rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sums(
         self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
     ) -> jax.Array:
         """Of every token of this device the sum of its rows, times the weights of all tokens."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -140,6 +136,14 @@ class SpreadBy(Spread):
     """By a transport, and plain jnp on both sides of it."""
 
     transport: Transport = field(kw_only=True)
+
+    def order(self, experts_TK: Int[Array, "T k"], experts: int) -> Order:
+        t, k = experts_TK.shape
+        all_SK = jax.lax.all_gather(experts_TK, self.axis, tiled=True)
+        layout = place(all_SK, jax.lax.axis_index(self.axis) * experts, experts)
+        owner = jnp.where(all_SK >= 0, all_SK // experts, -1).reshape(self.ranks, t, k, 1)
+        needs = (owner == jnp.arange(self.ranks)).any(axis=2)
+        return self._within_room(layout, self.rows(t, k, experts), needs)
 
     def _rows(self, x: jax.Array, order: Order, backend: Backend) -> jax.Array:
         found = self.transport.send(x, order.route.way, self.axis)
