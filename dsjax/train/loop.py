@@ -98,6 +98,10 @@ class _Session:
         self.work = training_work(self.run.model, self.run.data.seq_len)
         self.saved = self.start
 
+    def _room(self) -> str:
+        room = self.run.exchange.room
+        return "" if room is None else f" (a sign, too, of too little room: exchange.room={room})"
+
     def run_to_end(self) -> Outcome:
         step, evaluation = self.start, None
         try:
@@ -114,7 +118,7 @@ class _Session:
             self.store.wait()
             good = self.store.steps()
             kept = f"{self.out / CHECKPOINTS} step {good[-1]}" if good else "none was saved yet"
-            raise Diverged(f"{problem}; last good checkpoint: {kept}") from None
+            raise Diverged(f"{problem}{self._room()}; last good checkpoint: {kept}") from None
         finally:
             self.metrics.close()
         pictures = draw(self.out) if hosts.is_first() else []

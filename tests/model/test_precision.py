@@ -13,7 +13,6 @@ from dsjax.model import Transformer
 from dsjax.model.float32 import float32_product
 from dsjax.model.mla import Mla
 from dsjax.model.moe import Mlp, Moe, swiglu
-from dsjax.model.placement import LOCAL
 from dsjax.model.precision import (
     fp8_gauges,
     fp8_values,
@@ -178,7 +177,7 @@ def test_moe_layer_is_near_float32():
         state = jax.tree.map(lambda x: x, params)
         gauges, values = fp8_gauges(plain), fp8_values(plain)
         nnx.replace_by_pure_dict(state, with_fp8(plain, gauges, values) if cast else plain)
-        return nnx.merge(graph, state, rest)(x, LOCAL.experts)[0]
+        return nnx.merge(graph, state, rest)(x)[0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(cast, plain, x):

@@ -149,7 +149,7 @@ def test_columns():
     """As many as fit the registers, whole vectors, none left over."""
     widths = [128, 384, 1536, 2048, 7168, 16384, 12416]
     wanted = [(128, 1), (384, 1), (1536, 4), (2048, 8), (7168, 8), (8192, 8), (128, 1)]
-    assert [sm90_expert_combine._columns(width) for width in widths] == wanted
+    assert [sm90_expert_combine.columns_of(width) for width in widths] == wanted
 
 
 def exchange(x, q, scale, slots, weights, tokens, count, ranks, axis):

@@ -96,6 +96,7 @@ def test_losses_are_those_of_a_single_device(mesh, on, alone):
     assert on(mesh).losses[-1][0] < on(mesh).losses[0][0]
 
 
+@pytest.mark.slow
 def test_fp8_losses_are_near_those_of_a_single_device(tiny):
     """Tiles that lie along tokens are other ones on every device."""
     widths = {"kv_lora_rank": 32, "qk_nope_dim": 16, "qk_rope_dim": 16, "v_dim": 16}

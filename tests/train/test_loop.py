@@ -20,6 +20,7 @@ from rich.console import Console
 
 from dsjax.checkpoint import CheckpointStore
 from dsjax.checkpoint.snapshot import Snapshot
+from dsjax.config import Exchange
 from dsjax.data import TrainStream, batch_size
 from dsjax.parallel import build_mesh
 from dsjax.train import CHECKPOINTS, Diverged, Outcome, model_of, runtime, train, xz_bits_per_byte
@@ -199,6 +200,14 @@ def test_nan_raises_diverged_naming_a_finite_checkpoint(tiny_run, tmp_path, monk
         assert store.read_meta()[0] == 4
     model, _ = load_run(folder)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
+
+
+def test_nan_of_a_run_with_limited_room_names_that_too(tiny_run, tmp_path, monkeypatch):
+    """Experts on other devices without room for a batch give NaN."""
+    nan_from(monkeypatch, 1)
+    run = replace(tiny_run(), exchange=Exchange(room=1.5))
+    with pytest.raises(Diverged, match=r"step 1 \(a sign, too, of too little room: .*room=1\.5\)"):
+        train(run, tmp_path / "run", console=quiet())
 
 
 def test_nan_while_a_good_step_is_being_saved_does_not_lose_it(tiny_run, tmp_path, monkeypatch):
