@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dsjax.config import Model, Remat
     from pallas_kernels.mla_decode import Plan
 
-# XLA rounds what a policy keeps once more, by IEEE's rules: e4m3's largest numbers become NaN. So
-# only ZeRO-3, which has no FP8, meets the first of these.
+# The first is for ZeRO-3, which has no FP8: with e4m3 among what it keeps, losses were NaN. jax
+# rounds kept values once more; a likely cause is that this knows no format without infinities.
 POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
