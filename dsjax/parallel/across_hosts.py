@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.parallel.exchange import Spread, Transport
-from pallas_kernels.quantize import dequantize, quantize_tiles
+from dsjax.parallel.exchange import Spread, Transport, dispatch_in_fp8
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -54,8 +53,7 @@ class AcrossHosts:
         self, x: Float[Array, "T d"], order: Order, backend: Backend = "auto"
     ) -> Float[Array, "r d"]:
         if self.fp8:
-            cast = quantize_tiles(x, power_of_two=True, backend=backend)
-            return dequantize(*self.dispatch_quantized(*cast, order, backend), x.dtype)
+            return dispatch_in_fp8(self, x, order, backend)
         return self.inner.dispatch(self._send(x, order), _on_host(order), backend)
 
     def dispatch_quantized(
