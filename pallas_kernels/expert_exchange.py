@@ -12,9 +12,9 @@ tokens and some of the experts. Token t of rank s has the number s * T + t every
 
 `dispatch_rows` fills the rows of a rank's experts. After them `reduce_rows` adds up the rows that a
 token has on this rank, with their weights, and `combine_ranks` what the ranks have for it. Every
-row crosses a link once a rank, in either direction. For the few tokens of a decoding step there is
-`cast_dispatch`, which needs no layout: it gives every rank what it takes to make one. All rows that
-are not named, in operands or results, are unspecified: kernels neither read nor write them.
+row crosses a link once a rank, in either direction. All rows that are not named, in operands or
+results, are unspecified: kernels neither read nor write them. For the few tokens of a decoding step
+there is `low_latency`.
 
 `backend="auto"` takes the Hopper kernels where they apply, which is within one process, and plain
 jnp elsewhere. Moved values keep their bits, NaN included. These functions belong inside the rules
@@ -34,7 +34,6 @@ from pallas_kernels import checks, gemm_backend
 from pallas_kernels.checks import E4M3
 from pallas_kernels.gemm_backend import Backend
 from pallas_kernels.permute import MOST_CHOICES, MOVED, ROW_BYTES, ROW_MOST, SUM_STEP
-from pallas_kernels.quantize import quantize_tiles
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Float8e4m3fn, Float32, Int32, Shaped
@@ -65,13 +64,13 @@ def dispatch_rows(
     checks.array("x", x, "[T, w]", *MOVED)
     _check_tokens(slots, tokens, count)
     _check_dispatch(x, slots, rows, ctas, axis)
-    x = _constant(x)
+    x = constant(x)
     if _moves(backend, x, slots) and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_dispatch as sm90
 
         ctas = ctas or sm90.CTAS
         return sm90.dispatch(x, slots, tokens, count, rows=rows, peers=peers, ctas=ctas)
-    return _everyones(x, axis, _tokens_of(slots, rows))
+    return everyones(x, axis, tokens_of(slots, rows))
 
 
 def dispatch_quantized(
@@ -93,48 +92,14 @@ def dispatch_quantized(
     checks.fp8("q", q, scale, "[T, d]")
     _check_tokens(slots, tokens, count)
     _check_dispatch(q, slots, rows, ctas, axis)
-    q, scale = _constant(q), _constant(scale)
+    q, scale = constant(q), constant(scale)
     if _moves(backend, q, slots) and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_dispatch as sm90
 
         given, ctas = (q, scale, slots, tokens, count), ctas or sm90.CTAS
         return sm90.dispatch_quantized(*given, rows=rows, peers=peers, ctas=ctas)
-    of = _tokens_of(slots, rows)
-    return _everyones(q, axis, of), _everyones(scale, axis, of)
-
-
-def cast_dispatch(
-    x: Float[Array, "T d"],
-    ranks: Bool[Array, "T R"] | Int32[Array, "T R"],
-    about: Int32[Array, "T n"],
-    *,
-    axis: Axis,
-    ctas: int | None = None,
-    power_of_two: bool = False,
-    backend: Backend = "auto",
-) -> tuple[Float8e4m3fn[Array, "R*T d"], Float32[Array, "R*T tiles"], Int32[Array, "R*T n"]]:
-    """(q, scale, about) of all ranks' tokens, token t of rank s in row s * T + t.
-
-    q and scale are `quantize_tiles(x, power_of_two=power_of_two)`, where ranks[t, r] says that rank
-    r wants them; `about`, what they know of their experts and weights, goes to every rank. Errors
-    are those of `quantize_tiles` and `dispatch_rows`, and for backend="mosaic_gpu" also those of
-    `reduce_rows`, with R for k.
-    """
-    checks.array("x", x, "[T, d]", jnp.bfloat16, jnp.float32)
-    _check_ranks(ranks, axis)
-    checks.array("about", about, "[T, n]", jnp.int32)
-    checks.same("T", 0, x=x, ranks=ranks, about=about)
-    _check_ctas(ctas)
-    x = _constant(x)
-    known = about.shape[1] > 0
-    if known and _sums(backend, x, ranks, "R") and (peers := reachable_peers(backend, axis)):
-        from pallas_kernels import sm90_low_latency as sm90
-
-        options = dict(ctas=ctas or sm90.CTAS, power_of_two=power_of_two)
-        return sm90.cast_dispatch(x, ranks, about, peers=peers, **options)
-    cast = quantize_tiles(x, power_of_two=power_of_two, backend="reference")
-    q, scale, about = (_everyones(part, axis) for part in (*cast, about))
-    return q, scale, about
+    of = tokens_of(slots, rows)
+    return everyones(q, axis, of), everyones(scale, axis, of)
 
 
 def reduce_rows(
@@ -158,8 +123,8 @@ def reduce_rows(
     _check_tokens(slots, tokens, count)
     if weights is not None:
         checks.exact("weights", weights, slots.shape)
-        weights = _constant(weights)
-    y = _constant(y)
+        weights = constant(weights)
+    y = constant(y)
     if _sums(backend, y, slots, "k"):
         from pallas_kernels import sm90_expert_combine
 
@@ -190,7 +155,7 @@ def combine_ranks(
     tokens, count = ranks.shape
     checks.exact("partial", partial, (count * tokens, partial.shape[1]), partial.dtype)
     _check_ctas(ctas)
-    partial = _constant(partial)
+    partial = constant(partial)
     if _sums(backend, partial, ranks, "R") and (peers := reachable_peers(backend, axis)):
         from pallas_kernels import sm90_expert_combine as sm90
 
@@ -225,8 +190,8 @@ def combine_rows(
 
         if weights is not None:
             checks.exact("weights", weights, slots.shape)
-            weights = _constant(weights)
-        return combine_push(_constant(y), slots, weights, ranks, peers=peers, ctas=ctas)
+            weights = constant(weights)
+        return combine_push(constant(y), slots, weights, ranks, peers=peers, ctas=ctas)
     partial = reduce_rows(y, slots, weights, tokens, count, backend=backend)
     return combine_ranks(partial, ranks, axis=axis, ctas=ctas, backend=backend)
 
@@ -234,7 +199,7 @@ def combine_rows(
 # --- references --------------------------------------------------------------------------------
 
 
-def _everyones(x: jax.Array, axis: Axis, rows: jax.Array | None = None) -> jax.Array:
+def everyones(x: jax.Array, axis: Axis, rows: jax.Array | None = None) -> jax.Array:
     """[R * T, w] of all ranks, or these rows of it; FP8 as bytes, which XLA never converts."""
     moved = lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == E4M3 else x
     found = lax.all_gather(moved, axis, tiled=True)
@@ -242,7 +207,7 @@ def _everyones(x: jax.Array, axis: Axis, rows: jax.Array | None = None) -> jax.A
     return lax.bitcast_convert_type(found, E4M3) if x.dtype == E4M3 else found
 
 
-def _tokens_of(slots: jax.Array, rows: int) -> jax.Array:
+def tokens_of(slots: jax.Array, rows: int) -> jax.Array:
     """The token of each row, 0 where there is none."""
     named = jnp.where(_within(slots, rows), slots, rows)
     tokens = lax.broadcasted_iota(jnp.int32, slots.shape, 0)
@@ -285,7 +250,7 @@ def _check_dispatch(
     if rows < 1:
         raise ValueError(f"rows is {rows}: expected 1 or more")
     _check_ctas(ctas)
-    ranks = _rank_count(axis)
+    ranks = rank_count(axis)
     if slots.shape[0] != ranks * x.shape[0]:
         wanted = f"{ranks} ranks on {axis!r} * T = {ranks * x.shape[0]}"
         raise ValueError(f"slots is {slots.shape}: expected a row for each of {wanted} tokens")
@@ -295,7 +260,7 @@ def _check_dispatch(
 
 def _check_ranks(ranks: jax.Array, axis: Axis) -> None:
     checks.array("ranks", ranks, "[T, R]", jnp.bool, jnp.int32)
-    if ranks.shape[1] != (count := _rank_count(axis)):
+    if ranks.shape[1] != (count := rank_count(axis)):
         raise ValueError(f"ranks is {ranks.shape}: expected R = {count} as on {axis!r}")
 
 
@@ -304,7 +269,7 @@ def _check_ctas(ctas: int | None) -> None:
         raise ValueError(f"ctas is {ctas}: expected 1 or more, or None")
 
 
-def _rank_count(axis: Axis) -> int:
+def rank_count(axis: Axis) -> int:
     try:
         return lax.axis_size(axis)
     except NameError as error:
@@ -350,10 +315,10 @@ def reachable_peers(backend: Backend, axis: Axis) -> Peers | None:
 
 
 @jax.custom_jvp
-def _constant(x: jax.Array) -> jax.Array:
+def constant(x: jax.Array) -> jax.Array:
     return x
 
 
-@_constant.defjvp
+@constant.defjvp
 def _refuse_gradient(primals: tuple, tangents: tuple) -> NoReturn:
     raise TypeError("exchanged rows are not differentiable here: use them in a jax.custom_vjp")

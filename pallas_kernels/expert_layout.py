@@ -84,6 +84,21 @@ def place(experts_SK: Int[Array, "S k"], first: Int[Array, ""] | int, experts: i
     return ExpertLayout(slots, sizes, tokens, before[-1:])
 
 
+def slots_by_expert(
+    experts_SK: Int[Array, "S k"], first: Int[Array, ""] | int, experts: int
+) -> tuple[Int32[Array, "S k"], Int32[Array, " e"]]:
+    """(slots, sizes) where each of these experts has S rows of its own, of which tokens fill some.
+
+    A token has one row for an expert, also where it names that twice; slots are -1 where none.
+    """
+    mine = experts_SK - first
+    of_expert = mine[:, :, None] == jnp.arange(experts)
+    until = count_along(of_expert.any(axis=1))
+    row = until - 1 + jnp.arange(experts, dtype=jnp.int32) * len(mine)
+    slots = jnp.where(of_expert, row[:, None] + 1, 0).sum(axis=2) - 1
+    return slots, until[-1]
+
+
 def count_along(x_SE: Bool[Array, "S e"]) -> Int[Array, "S e"]:
     """How often each column was true down to each row.
 

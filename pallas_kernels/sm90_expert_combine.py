@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 
+from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_peers import ALONE, Ranks
 
@@ -203,7 +204,7 @@ def _sum(
             else:
                 fetch()
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         kernel, out_type=out, **peers.grid(ctas), num_threads=2, thread_name="wg",
         scratch_types=dict(
             ring=plgpu.SMEM((stages, columns), out.dtype), full=plgpu.Barrier(num_barriers=stages),
@@ -211,7 +212,8 @@ def _sum(
         ),
         kernel_name=name, interpret=interpret,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands)  # fmt: skip
+    )  # fmt: skip
+    return unfused(launch)(*operands)
 
 
 class Stages(NamedTuple):

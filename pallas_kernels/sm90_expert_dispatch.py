@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_peers import Ranks
 
@@ -95,11 +96,12 @@ def _pull(
         peers.finish(done)
 
     full = plgpu.Barrier(num_arrivals=1 + (scale is not None), num_barriers=stages)
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         kernel, out_type=list(out.values()), **peers.grid(min(ctas, slots.shape[-2])),
         scratch_types=dict(**scratch, full=full, **peers.semaphores()), kernel_name=name,
         interpret=interpret, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands.values())  # fmt: skip
+    )  # fmt: skip
+    return unfused(launch)(*operands.values())
 
 
 def _padded(scale: jax.Array) -> jax.Array:

@@ -21,11 +21,13 @@ from jax.experimental.mosaic.gpu.utils import arith
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_threads as t
+from pallas_kernels import sm90_token_bits as bits
 from pallas_kernels.checks import ceil_div
+from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_peers import Ranks
+from pallas_kernels.sm90_token_bits import THREADS, WARPS, WORD
 
-THREADS, WARPS, WORD = 128, 4, 4
 MOST = 32  # tokens of a thread: their choices stay in shared memory
 CTAS = 128  # all of them on the card at once
 AT_ONCE = 16  # loads under way
@@ -67,7 +69,7 @@ def layout(
         barrier = pl.get_global(plgpu.SemaphoreType.REGULAR((peers.count,)))
         _run(Refs(**dict(zip(names, refs, strict=True)), **scratch, barrier=barrier), peers, done)
 
-    found = plgpu.kernel(
+    launch = plgpu.kernel(
         kernel, out_type=[kind((*peers.stacked, *shape)) for shape in out], **peers.grid(ctas),
         scratch_types=dict(
             masks=plgpu.SMEM((each, (count + 1) * WARPS), jnp.int32),
@@ -76,7 +78,8 @@ def layout(
         ),
         kernel_name="expert_layout",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(experts)  # fmt: skip
+    )  # fmt: skip
+    found = unfused(launch)(experts)
     return found[0], found[1], found[2], found[3]
 
 
@@ -120,7 +123,7 @@ def _read(refs: Refs, experts: Any, first: Scalar, lowest: Scalar) -> None:
         masks, chosen = t.shared(masks), t.add(t.shared(chosen), t.times(number, WORD))
         for i in range(0, each * words, THREADS):
             at = t.add(number, i)
-            _store_if(t.less(at, each * words), t.add(masks, t.times(at, WORD)), t.const(0))
+            bits.store_if(t.less(at, each * words), t.add(masks, t.times(at, WORD)), t.const(0))
         utils.warpgroup_barrier()
         bit = t.ptx("shl.b32 $0, 1, $1;", "=r,r", lane, outputs=1)
         for sub in range(each):
@@ -135,9 +138,9 @@ def _read(refs: Refs, experts: Any, first: Scalar, lowest: Scalar) -> None:
                     f"st.shared.b32 [$0 + {(sub * choices + j) * THREADS * WORD}], $1;", "r,r",
                     chosen, t.choose(here, mine, -1),
                 )  # fmt: skip
-                _or_if(here, t.add(own, t.times(t.choose(here, mine, 0), WARPS * WORD)), bit)
+                bits.or_if(here, t.add(own, t.times(t.choose(here, mine, 0), WARPS * WORD)), bit)
                 some = t.choose(here, 1, some)
-            _or_if(t.less(0, some), t.add(own, count * WARPS * WORD), bit)
+            bits.or_if(t.less(0, some), t.add(own, count * WARPS * WORD), bit)
         utils.warpgroup_barrier()
 
     run(experts, refs.masks, refs.chosen, first, lowest)
@@ -150,13 +153,13 @@ def _count(refs: Refs, counts: Any, cta: Scalar) -> None:
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, SCALAR))
     def run(_: Any, masks: Any, counts: Any, cta: Any) -> None:
-        for column, there in _columns(columns):
+        for column, there in bits.columns(columns):
             total = t.const(0)
             for sub in range(each):
-                for word in _words(t.shared(masks), column, sub, words):
-                    total = t.add(total, _ones(word))
+                for word in bits.words(t.shared(masks), column, sub, words):
+                    total = t.add(total, bits.ones(word))
             to = t.row(t.row(t.memory(counts), t.registers(cta)[0], columns * WORD), column, WORD)
-            _store_global_if(there, to, total)
+            bits.store_global_if(there, to, total)
         utils.warpgroup_barrier()
 
     run(refs.masks, counts, cta)
@@ -170,7 +173,7 @@ def _add_up(refs: Refs, counts: Any, cta: Scalar) -> None:
     def run(_: Any, counts: Any, base: Any, cta: Any) -> None:
         (cta,), base = t.registers(cta), t.shared(base)
         befores = []
-        for column, there in _columns(columns):
+        for column, there in bits.columns(columns):
             total, before = t.const(0), t.const(0)
             row = t.row(t.memory(counts), column, WORD)
             for start in range(0, ctas, AT_ONCE):
@@ -184,7 +187,7 @@ def _add_up(refs: Refs, counts: Any, cta: Scalar) -> None:
                 for i, value in zip(numbers, found, strict=True):
                     total = t.add(total, value)
                     before = t.choose(t.less(i, cta), t.add(before, value), before)
-            _store_if(there, t.add(base, t.times(t.add(column, columns), WORD)), total)
+            bits.store_if(there, t.add(base, t.times(t.add(column, columns), WORD)), total)
             befores.append((column, there, before))
         utils.warpgroup_barrier()
         for column, there, before in befores:
@@ -194,7 +197,7 @@ def _add_up(refs: Refs, counts: Any, cta: Scalar) -> None:
                              outputs=1)  # fmt: skip
                 behind = arith.andi(t.less(other, column), t.less(column, columns - 1))
                 start = t.choose(behind, t.add(start, size), start)
-            _store_if(there, t.add(base, t.times(column, WORD)), start)
+            bits.store_if(there, t.add(base, t.times(column, WORD)), start)
         utils.warpgroup_barrier()
 
     run(counts, refs.base, cta)
@@ -205,13 +208,13 @@ def _put_sizes(refs: Refs, sizes: Any, number: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF))
     def run(_: Any, base: Any, sizes: Any, number: Any) -> None:
-        for column, there in _columns(columns):
+        for column, there in bits.columns(columns):
             at = t.add(t.shared(base), t.times(t.add(column, columns), WORD))
             total = t.ptx("ld.shared.b32 $0, [$1];", "=r,r", at, outputs=1)
             expert = t.less(column, columns - 1)
-            _store_global_if(expert, t.row(t.memory(sizes), column, WORD), total)
+            bits.store_global_if(expert, t.row(t.memory(sizes), column, WORD), total)
             last = arith.andi(there, t.less(columns - 2, column))
-            _store_global_if(last, t.memory(number), total)
+            bits.store_global_if(last, t.memory(number), total)
 
     run(refs.base, sizes, number)
 
@@ -233,10 +236,10 @@ def _put_slots(refs: Refs, slots: Any, tokens: Any, first: Scalar) -> None:
             at = t.ptx("ld.shared.b32 $0, [$1];", "=r,r", t.add(base, t.times(column, WORD)),
                        outputs=1)  # fmt: skip
             for earlier in range(sub):
-                for word in _words(masks, column, earlier, words):
-                    at = t.add(at, _ones(word))
-            for word, mask in zip(_words(masks, column, sub, words), below, strict=True):
-                at = t.add(at, _ones(arith.andi(word, mask)))
+                for word in bits.words(masks, column, earlier, words):
+                    at = t.add(at, bits.ones(word))
+            for word, mask in zip(bits.words(masks, column, sub, words), below, strict=True):
+                at = t.add(at, bits.ones(arith.andi(word, mask)))
             return at
 
         for sub in range(each):
@@ -250,48 +253,12 @@ def _put_slots(refs: Refs, slots: Any, tokens: Any, first: Scalar) -> None:
                 t.ptx(f"st.global.b32 [$0 + {WORD * j}], $1;", "l,r", row, slot)
                 some = t.choose(here, 1, some)
             to = place(t.const(words // WARPS - 1), sub)
-            _store_global_if(t.less(0, some), t.row(t.memory(tokens), to, WORD), token)
+            bits.store_global_if(t.less(0, some), t.row(t.memory(tokens), to, WORD), token)
 
     run(refs.masks, refs.chosen, refs.base, slots, tokens, first)
-
-
-def _columns(count: int) -> list[tuple[Any, Any]]:
-    """A thread's columns, clamped, and whether there are such."""
-    warp, lane = t.thread()
-    found = [t.add(t.add(t.times(warp, 32), lane), start) for start in range(0, count, THREADS)]
-    return [(t.choose(t.less(x, count), x, 0), t.less(x, count)) for x in found]
-
-
-def _words(masks: Any, column: Any, sub: int, words: int) -> list[Any]:
-    """The column's bits of the four warps."""
-    return t.from_shared(t.add(masks, t.times(column, WARPS * WORD)), sub * words * WORD)
 
 
 def _below(warp: Any, lane: Any) -> list[Any]:
     """Of each warp the bits of tokens before this thread's."""
     own = t.ptx("mov.b32 $0, %lanemask_lt;", "=r", outputs=1)
     return [t.choose(t.less(i, warp), -1, t.choose(t.less(warp, i), 0, own)) for i in range(WARPS)]
-
-
-def _ones(word: Any) -> Any:
-    return t.pure("popc.b32 $0, $1;", "=r,r", word)
-
-
-def _if(text: str, kinds: str, there: Any, *operands: Any) -> None:
-    last = len(operands)
-    t.ptx(
-        f"{{ .reg .pred p; setp.ne.b32 p, ${last}, 0; @p {text} }}", f"{kinds},r",
-        *operands, t.choose(there, 1, 0),
-    )  # fmt: skip
-
-
-def _or_if(there: Any, address: Any, word: Any) -> None:
-    _if("red.shared.or.b32 [$0], $1;", "r,r", there, address, word)
-
-
-def _store_if(there: Any, address: Any, word: Any) -> None:
-    _if("st.shared.b32 [$0], $1;", "r,r", there, address, word)
-
-
-def _store_global_if(there: Any, address: Any, word: Any) -> None:
-    _if("st.global.b32 [$0], $1;", "l,r", there, address, word)

@@ -19,7 +19,9 @@ chunk has arrived; so nothing is on its way to a rank whose kernel has ended.
 
 No rank waits for good: senders wait for their own CTA's sums and for the hardware, never for a
 counter, so all counters fill up once all CTAs run. For that they must run at once: no more CTAs
-than SMs, and no other kernel on them that waits for this one.
+than SMs, and no other kernel on them that waits for this one. NCCL's do where XLA has one of its
+collectives under way on another stream: they wait for their like on other ranks, which may wait for
+an SM behind this kernel there. So the usual number of CTAs leaves SMs for all that NCCL takes.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 
 from pallas_kernels import device
-from pallas_kernels import sm90_threads as t
 from pallas_kernels.checks import ceil_div
+from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_expert_combine import ONE_AN_SM, Local, Ring, Stages, clamped, columns_of
-from pallas_kernels.sm90_peers import Ranks
+from pallas_kernels.sm90_peers import Ranks, count_up
 
 SENDERS = 3  # warps beside the one that fetches, each with a row on its way
-CTAS, SMS = 128, 132
+CTAS, SMS = 96, 132  # NCCL takes 32 CTAs at most
 CHUNK = 8
 Scalar = Any
 Visit = Callable[..., Any]
@@ -62,8 +64,8 @@ def combine_push(
     time. Raises ValueError unless they all run at once. Interpreted, sending and adding up are two
     kernels.
     """
-    width, columns = y.shape[-1], columns_of(y.shape[-1])
-    plan = Plan(peers, ranks.shape[-2], chunk, width // columns[0], *columns)
+    width = y.shape[-1]
+    plan = Plan.of(peers, ranks.shape[-2], width, chunk)
     rows = jax.ShapeDtypeStruct((*peers.stacked, plan.tokens, width), y.dtype)
     staging = rows.update(shape=(*peers.stacked, peers.count, plan.tokens, width))
     given, ranks = [y, slots] if weights is None else [y, slots, weights], ranks.astype(jnp.int32)
@@ -71,15 +73,15 @@ def combine_push(
         **peers.grid(_resident(ctas, peers)), thread_name="wg", kernel_name="combine_push",
         interpret=interpret, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )  # fmt: skip
-    sending = dict(num_threads=3, scratch_types=_scratch(plan, y.dtype, ring), **common)
+    sending = dict(num_threads=3, scratch_types=scratch(plan, y.dtype, ring), **common)
 
     def kernel(function: Callable[..., None], out: Any, options: Any) -> Any:
-        return plgpu.kernel(functools.partial(function, plan), out_type=out, **options)
+        return unfused(plgpu.kernel(functools.partial(function, plan), out_type=out, **options))
 
     if interpret is None:
         return kernel(_push, [staging, rows], sending)(*given, ranks)[1]
-    sent = kernel(_send_interpreted, staging, sending)(*given)
-    return kernel(_add_up, rows, dict(num_threads=1, **common))(ranks, sent)
+    sent = kernel(send_sums, staging, sending)(*given)
+    return kernel(add_up, rows, dict(num_threads=1, **common))(ranks, sent)
 
 
 class Plan(NamedTuple):
@@ -92,6 +94,11 @@ class Plan(NamedTuple):
     columns: int
     vector: int
 
+    @classmethod
+    def of(cls, peers: Ranks, tokens: int, width: int, chunk: int) -> Plan:
+        columns, vector = columns_of(width)
+        return cls(peers, tokens, chunk, width // columns, columns, vector)
+
     @property
     def layout(self) -> Any:
         return plgpu.Layout.WG_STRIDED((self.columns,), self.vector)
@@ -99,6 +106,11 @@ class Plan(NamedTuple):
     @property
     def chunks(self) -> int:
         return ceil_div(self.tokens, self.chunk)
+
+    @property
+    def parts(self) -> int:
+        """How often a chunk's counter is raised until all of it has arrived."""
+        return self.peers.count * SENDERS
 
     def own(self) -> Scalar:
         """How many units this CTA has."""
@@ -134,7 +146,7 @@ class Outgoing(NamedTuple):
     free: Any
 
 
-def _scratch(plan: Plan, dtype: Any, ring: Ring) -> dict[str, Any]:
+def scratch(plan: Plan, dtype: Any, ring: Ring) -> dict[str, Any]:
     stages = max(1, ring.fitting(plan.columns * dtype.itemsize) - SENDERS)
     barriers = {name: plgpu.Barrier(num_barriers=stages) for name in ("full", "empty")}
     barriers |= {name: plgpu.Barrier(num_barriers=SENDERS) for name in ("ready", "free")}
@@ -159,24 +171,29 @@ def _push(plan: Plan, *refs: Any, **memory: Any) -> None:
     *operands, ranks, staging, out = refs
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((*plan.peers.stacked, plan.chunks)))
     sums, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
+
+    def wait(chunk: Scalar) -> None:
+        counter = plan.peers.own(arrived).at[chunk]
+        pl.semaphore_wait(counter, plan.parts, decrement=False)
+
     wg = lax.axis_index("wg")
     pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, stages, outgoing))
-    pl.when(wg == 2)(functools.partial(_add_up, plan, ranks, staging, out, arrived))
-
-    @pl.when(wg == 1)
-    def _() -> None:
-        @plgpu.warp_map
-        def _(warp: Scalar) -> None:
-            pl.when(warp == 0)(functools.partial(_fetch, plan, sums, stages))
-            pl.when(warp > 0)(functools.partial(_store, plan, sums, outgoing, warp - 1))
+    pl.when(wg == 2)(functools.partial(add_up, plan, ranks, staging, out, wait))
+    pl.when(wg == 1)(functools.partial(_move, plan, sums, stages, outgoing))
 
 
-def _send_interpreted(plan: Plan, *refs: Any, **memory: Any) -> None:
-    """One thread stands for all warps that store."""
+def send_sums(plan: Plan, *refs: Any, arrived: Any = None, **memory: Any) -> None:
+    """The sending threads alone, which are two.
+
+    Three where nothing counts, interpreted: the last stands for all warps that store.
+    """
     *operands, staging = refs
-    sums, stages, outgoing = _sending(plan, operands, staging, None, **memory)
+    sums, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
     wg = lax.axis_index("wg")
     pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, stages, outgoing))
+    if arrived is not None:
+        pl.when(wg == 1)(functools.partial(_move, plan, sums, stages, outgoing))
+        return
     pl.when(wg == 1)(functools.partial(_fetch, plan, sums, stages))
     pl.when(wg == 2)(functools.partial(_store, plan, sums, outgoing, None))
 
@@ -192,6 +209,15 @@ def _sending(
 
 
 # --- roles -------------------------------------------------------------------------------------
+
+
+def _move(plan: Plan, sums: Local, stages: Stages, out: Outgoing) -> None:
+    """The warps of the threads that fetch and store."""
+
+    @plgpu.warp_map
+    def _(warp: Scalar) -> None:
+        pl.when(warp == 0)(functools.partial(_fetch, plan, sums, stages))
+        pl.when(warp > 0)(functools.partial(_store, plan, sums, out, warp - 1))
 
 
 def _fetch(plan: Plan, sums: Local, stages: Stages) -> None:
@@ -268,13 +294,18 @@ def _store(plan: Plan, sums: Local, out: Outgoing, sender: Scalar | None) -> Non
 
     def leave(rank: Scalar, chunk: Scalar) -> None:
         if out.arrived is not None:
-            _count(plan.peers.of(out.arrived, rank).at[pl.ds(chunk, 1)])
+            count_up(plan.peers.of(out.arrived, rank).at[pl.ds(chunk, 1)])
 
     _walk(plan, sums._replace(scale=None), visit, jnp.int32(0), leave)
 
 
-def _add_up(plan: Plan, ranks: Any, staging: Any, out: Any, arrived: Any = None) -> None:
-    """What the ranks have sent, in their order: of each chunk as many parts as there are ranks."""
+def add_up(
+    plan: Plan, ranks: Any, staging: Any, out: Any, wait: Visit = lambda chunk: None
+) -> None:
+    """What the ranks have sent, in their order: of each chunk as many parts as there are ranks.
+
+    wait(chunk) returns when all of that has arrived.
+    """
     ranks, staging, out = (plan.peers.own(ref) for ref in (ranks, staging, out))
     columns, part = plan.columns, ceil_div(plan.chunk, plan.peers.count)
 
@@ -290,9 +321,7 @@ def _add_up(plan: Plan, ranks: Any, staging: Any, out: Any, arrived: Any = None)
     @pl.loop(0, plan.own())
     def _(i: Scalar) -> None:
         step, chunk = plan.unit(i)
-        if arrived is not None:
-            counter = plan.peers.own(arrived).at[chunk]
-            pl.semaphore_wait(counter, plan.peers.count * SENDERS, decrement=False)
+        wait(chunk)
         first, pieces = chunk * plan.chunk, jnp.int32(plan.pieces)
         start, stop = (lax.min((step + n) * part, plan.length(chunk)) * pieces for n in (0, 1))
 
@@ -347,17 +376,3 @@ def _drain(barriers: Any, size: int, used: Scalar) -> None:
     @pl.loop(lax.max(jnp.int32(0), used - size), used)
     def _(n: Scalar) -> None:
         plgpu.barrier_wait(barriers.at[lax.rem(n, jnp.int32(size))])
-
-
-def _count(counter: Any) -> None:
-    """Add 1 to a counter of any rank, after all this warp has stored, which is complete."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def run(_: Any, counter: Any) -> None:
-        t.ptx(
-            "{ .reg .pred p; fence.proxy.async.global; elect.sync _|p, 0xffffffff;"
-            " @p red.release.sys.global.add.u32 [$0], 1; }",
-            "l", t.memory(counter),
-        )  # fmt: skip
-
-    run(counter)

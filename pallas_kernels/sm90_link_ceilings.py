@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_peers import Ranks
 
@@ -63,14 +64,15 @@ def loads(
         plgpu.wait_smem_to_gmem(0)
         peers.finish(done)
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         kernel, out_type=out, **peers.grid(ctas), kernel_name="link_loads", interpret=interpret,
         scratch_types=dict(
             ring=plgpu.SMEM((stages, width), x.dtype), full=plgpu.Barrier(num_barriers=stages),
             **peers.semaphores(),
         ),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(x)  # fmt: skip
+    )  # fmt: skip
+    return unfused(launch)(x)
 
 
 @lowered_once
@@ -95,13 +97,14 @@ def stores(x: jax.Array, *, rows: int, peers: Ranks, interpret: Any = None) -> j
         plgpu.wait_smem_to_gmem(0)
         peers.finish(done)
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         kernel, out_type=out, **peers.grid(ctas), kernel_name="link_stores", interpret=interpret,
         scratch_types=dict(
             row=plgpu.SMEM((width,), x.dtype), full=plgpu.Barrier(), **peers.semaphores()
         ),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(x)  # fmt: skip
+    )  # fmt: skip
+    return unfused(launch)(x)
 
 
 def last_loaded(

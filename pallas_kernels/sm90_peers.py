@@ -6,7 +6,9 @@ stacks the arrays of all ranks on one device and gives the grid an axis for them
 interpret mode, which knows no remote references, and on a single GPU.
 
 Before a kernel that names peers XLA lets all devices of the mesh wait for one another, so that what
-ran before is complete everywhere; `finish` is the same at the kernel's end.
+ran before is complete everywhere; `finish` is the same at the kernel's end. Where a kernel does
+without, ranks tell each other of what they have stored by counters in memory that only grow:
+`count_up` and `wait_for`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import sm90_threads as t
 
 LOGICAL = pl.DeviceIdType.LOGICAL
 Scalar = Any
@@ -186,3 +191,40 @@ class OneCard:
         """The end of a kernel is the barrier."""
 
     wait = finish = arrive
+
+
+def count_up(*counters: Any) -> None:
+    """Add 1 to counters of any ranks, after all this warp has stored, which is complete."""
+    one = len(counters) == 1
+    fence, order = ("", "release") if one else ("@p fence.release.sys;", "relaxed")
+    each = [f" @p red.{order}.sys.global.add.u32 [${i}], 1;" for i in range(len(counters))]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(counters))
+    def run(_: Any, *counters: Any) -> None:
+        t.ptx(
+            "{ .reg .pred p; fence.proxy.async.global; elect.sync _|p, 0xffffffff;"
+            f" {fence}{''.join(each)} }}",
+            ",".join("l" * len(counters)), *map(t.memory, counters),
+        )  # fmt: skip
+
+    run(*counters)
+
+
+def wait_for(counter: Any, least: Scalar) -> None:
+    """Until this rank's counter has come to `least`, for a warpgroup; both may wrap around.
+
+    What was stored before it was counted can then be read, by bulk copies too.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def run(_: Any, counter: Any, least: Any) -> None:
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            t.ptx(
+                "{ .reg .pred p; .reg .b32 n; again: ld.acquire.sys.global.b32 n, [$0];"
+                " sub.s32 n, n, $1; setp.lt.s32 p, n, 0; @p bra again; }",
+                "l,r", t.memory(counter), t.registers(least)[0],
+            )  # fmt: skip
+        utils.warpgroup_barrier()
+        t.ptx("fence.proxy.async.global;")
+
+    run(counter, least)

@@ -2,10 +2,8 @@
 
 A dispatch brings rows in the order of experts; `layout` is what both sides have to know before, and
 costs time of its own. `reduce` adds up the rows of a token on their device, `combine` the sums of
-devices, and `combine_rows` is both in one kernel, which stores instead of loading. At low
-latency a dispatch casts to e4m3 itself and tells all devices of experts and weights, a combine is
-both sums, and in a round experts are taken to give every token back as it came, so that it ends
-with the tokens times the sums of their weights; layouts are ready before.
+devices, and `combine_rows` is both in one kernel, which stores instead of loading. What is timed at
+low latency is in `exchange_low_latency`.
 """
 
 from __future__ import annotations
@@ -15,13 +13,12 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from dsjax.bench import exchange_low_latency as low_latency
 from dsjax.bench.exchange_loops import AXIS
 from dsjax.bench.exchange_operands import ROOM, Layouts, Operands, route
 from dsjax.bench.exchange_shapes import Kind, Shape
 from pallas_kernels.expert_exchange import (
-    cast_dispatch,
     combine_ranks,
     combine_rows,
     dispatch_quantized,
@@ -29,11 +26,11 @@ from pallas_kernels.expert_exchange import (
     reduce_rows,
 )
 from pallas_kernels.gemm_backend import Backend
-from pallas_kernels.quantize import dequantize
 from pallas_kernels.token_order import Exchange
 
-Which = Literal["used", "needed", "listed", "all"]
-"""What of a result counts: rows that are somebody's, of tokens that are here, before `count`."""
+Which = Literal["used", "needed", "listed", "filled", "all"]
+"""What of a result counts: rows that are somebody's, of tokens that are here, before `count`, of
+experts that have equally many rows those up to their size."""
 Link = Literal["loads", "stores"]
 Payload = Literal["fp8", "bf16"]
 
@@ -62,15 +59,24 @@ class Timed(NamedTuple):
     """What its kernel does between devices."""
     payloads: tuple[Payload, ...] = ()
     """What crosses, for peers."""
+    state: Callable[..., Any] | None = None
+    """What the call takes first, of the operands: made once in a program."""
 
 
-def prepared(
-    kind: Kind, shape: Shape, layouts: Layouts, x: Operands, backend: Backend
-) -> tuple[Callable[..., tuple[jax.Array, ...]], list[jax.Array]]:
-    """The call of a device, and the arrays of all devices that it takes."""
+class Prepared(NamedTuple):
+    """The call of a device, the arrays of all devices that it takes, and how its state is made."""
+
+    call: Callable[..., tuple[jax.Array, ...]]
+    operands: list[jax.Array]
+    state: Callable[..., Any] | None
+
+
+def prepared(kind: Kind, shape: Shape, layouts: Layouts, x: Operands, backend: Backend) -> Prepared:
+    timed, operands = TIMED[kind], [getattr(x, name) for name in TIMED[kind].operands]
+    if timed.state is not None:
+        return Prepared(timed.call, operands, functools.partial(timed.state, shape, backend))
     how = How(layouts(shape.ranks, ROOM), shape, len(x.rows) // shape.ranks, backend)
-    timed = TIMED[kind]
-    return functools.partial(timed.call, how), [getattr(x, name) for name in timed.operands]
+    return Prepared(functools.partial(timed.call, how), operands, None)
 
 
 def _layout(how: How, chosen: jax.Array) -> tuple[jax.Array, ...]:
@@ -102,26 +108,10 @@ def _combine_rows(how: How, rows: jax.Array, to: jax.Array, *others: jax.Array) 
     return (combine_rows(rows, *others, to, **how.remote),)
 
 
-def _cast_dispatch(how: How, x: jax.Array, to: jax.Array, about: jax.Array) -> Any:
-    return cast_dispatch(x, to, about, **how.remote)
-
-
-def _both_sums(how: How, rows: jax.Array, to: jax.Array, *others: jax.Array) -> Any:
-    return _combine(how, *_reduce(how, rows, *others), to)
-
-
-def _round(
-    how: How, x: jax.Array, to: jax.Array, about: jax.Array, slots: jax.Array, *others: jax.Array
-) -> Any:
-    q, scale, known = cast_dispatch(x, to, about, **how.remote)
-    rows = dequantize(q, scale, x.dtype, block_rows=1)
-    token = jnp.arange(len(slots), dtype=jnp.int32)[:, None]
-    sums = _both_sums(how, rows, to, jnp.where(slots >= 0, token, -1), *others)
-    return *sums, known
-
-
 WAY = "slots", "tokens", "count"
 SUMMED = "slots", "weights", "tokens", "count"
+OWN = "x", "chosen", "own_weights"
+RECEIVED: tuple[Which, ...] = ("filled", "filled", "all", "all", "all")
 BOTH: tuple[Payload, ...] = ("fp8", "bf16")
 TIMED: dict[Any, Timed] = {
     "layout": Timed(_layout, ("chosen",), ("all", "all", "listed", "all", "all")),
@@ -140,12 +130,13 @@ TIMED: dict[Any, Timed] = {
         _combine_rows, ("rows", "to", *SUMMED), ("all",), False, "stores", ("bf16",)
     ),
     "low_latency_dispatch": Timed(
-        _cast_dispatch, ("x", "to", "about"), ("needed", "needed", "all"), True, "stores", ("fp8",)
+        low_latency.dispatch, OWN, (*RECEIVED, "all"), True, "stores", ("fp8",),
+        low_latency.opened,
     ),
     "low_latency_combine": Timed(
-        _both_sums, ("rows", "to", *SUMMED), ("all",), False, "loads", ("bf16",)
+        low_latency.combine, OWN, ("all", "all"), False, "stores", ("bf16",), low_latency.opened
     ),
     "low_latency_round": Timed(
-        _round, ("x", "to", "about", *SUMMED), ("all", "all"), False, None, BOTH
+        low_latency.whole, OWN, ("all", *RECEIVED), False, None, BOTH, low_latency.opened
     ),
 }  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 
 from dsjax.bench.check import noted
 from dsjax.bench.exchange_calls import TIMED, Which, prepared
-from dsjax.bench.exchange_loops import Cards
+from dsjax.bench.exchange_loops import Cards, begun
 from dsjax.bench.exchange_operands import Layouts, Operands
 from dsjax.bench.exchange_shapes import Kind, Shape
 from dsjax.bench.rows import Row
@@ -30,8 +30,9 @@ def checked(row: Row, cards: Cards, layouts: Layouts, x: Operands, found: Any) -
     if kind == "layout":
         wanted: Any = jax.tree.map(cards.divided, laid_out(np.asarray(x.chosen), shape))
     else:
-        call, operands = prepared(kind, shape, layouts, x, "reference")
-        wanted = cards.program(call)(*operands)
+        call, operands, state = prepared(kind, shape, layouts, x, "reference")
+        once = cards.program(lambda *operands: begun(call, state, operands)(*operands))
+        wanted = once(*operands)
     wrong, rows = counted(kind, cards, x, tuple(found), tuple(wanted))
     return judged(row, wrong, rows)
 
@@ -49,7 +50,7 @@ def counted(
     """(wrong rows, rows that count) of all results and devices."""
     timed = TIMED[kind]
     each = cards.program(functools.partial(_differing, timed.counts, timed.exact))
-    known = {"used": x.used, "slots": x.slots, "count": x.count}
+    known = {"sizes": x.sizes, "slots": x.slots, "count": x.count}
     wrong, rows = np.asarray(each(found, wanted, known)).sum(0)
     return int(wrong), int(rows)
 
@@ -89,7 +90,10 @@ def _bits(x: jax.Array) -> jax.Array:
 def _counting(which: Which, rows: int, known: dict[str, jax.Array]) -> jax.Array:
     place = jnp.arange(rows)
     if which == "used":
-        return place < known["used"][0]
+        return place < known["sizes"].sum()
+    if which == "filled":
+        each = rows // len(known["sizes"])
+        return place % each < known["sizes"][place // each]
     if which == "listed":
         return place < known["count"][0]
     if which == "needed":

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -70,13 +71,25 @@ class Cards:
         return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
 
+def begun(
+    function: Callable[..., Any], state: Callable[..., Any] | None, operands: Sequence[Any]
+) -> Callable[..., Any]:
+    """The function, given what `state`, if any, makes of the operands in the program traced."""
+    return function if state is None else functools.partial(function, state(*operands))
+
+
 class Loop:
-    """A function of a device's arrays, called again and again on the same ones."""
+    """A function of a device's arrays, called again and again on the same ones.
+
+    Where there is a `state`, it is made of the arrays before the first call, and given to all.
+    """
 
     def __init__(
-        self, cards: Cards, function: Callable[..., Any], operands: Sequence[Any], method: Method
-    ):
-        self._cards, self._function, self._operands = cards, function, tuple(operands)
+        self, cards: Cards, function: Callable[..., Any], operands: Sequence[Any], method: Method,
+        state: Callable[..., Any] | None = None,
+    ):  # fmt: skip
+        self._cards, self._operands = cards, tuple(operands)
+        self._function, self._state = function, state
         self._calls = SHORT if method.on_card else 1
         self._short = self._program(self._calls)
         self._run(self._short)  # compiles
@@ -112,11 +125,13 @@ class Loop:
 
     def _program(self, calls: int) -> Callable[..., Any]:
         def loop(*operands: Any) -> Any:
+            function = begun(self._function, self._state, operands)
+
             def again(i: jax.Array, _: Any) -> Any:  # the barrier: enough for a GPU, not a CPU
                 held, _ = lax.optimization_barrier((operands, i))
-                return self._function(*held)
+                return function(*held)
 
-            return lax.fori_loop(0, calls, again, self._function(*operands))
+            return lax.fori_loop(0, calls, again, function(*operands))
 
         return self._cards.program(loop, STAY)
 

@@ -40,14 +40,14 @@ class Operands(NamedTuple):
     """[T, k] experts."""
     weights: jax.Array
     """[S, k]."""
-    about: jax.Array
-    """[T, 2 k] experts and weights, which a decoding step sends along."""
+    own_weights: jax.Array
+    """[T, k]."""
     slots: jax.Array
     tokens: jax.Array
     count: jax.Array
     to: jax.Array
-    used: jax.Array
-    """[1] rows that are somebody's."""
+    sizes: jax.Array
+    """Rows of each expert of a device."""
     overflow: jax.Array
     rows: jax.Array
     """[r, d] results of experts."""
@@ -89,9 +89,7 @@ def _draw(shape: Shape, exchange: Exchange, device: jax.Array) -> Operands:
     slots, sizes, tokens, count, to = route(order, shape.local)
     return Operands(
         x, *quantize_tiles(x, backend="reference"), chosen,
-        lax.all_gather(weights, AXIS, tiled=True),
-        jnp.concatenate([chosen, lax.bitcast_convert_type(weights, jnp.int32)], axis=1),
-        slots, tokens, count, to, sizes.sum(dtype=jnp.int32)[None],
+        lax.all_gather(weights, AXIS, tiled=True), weights, slots, tokens, count, to, sizes,
         overflow(order),
         jax.random.normal(next(keys), (len(order.choices), d), jnp.bfloat16),
         jax.random.normal(next(keys), (shape.ranks * t, d), jnp.bfloat16),

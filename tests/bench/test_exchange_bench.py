@@ -17,7 +17,7 @@ from dsjax.bench.ceilings import Ceilings
 from dsjax.bench.exchange import ExchangeOutcome, ExchangeSettings, bench_exchange, measure
 from dsjax.bench.exchange_calls import TIMED, prepared
 from dsjax.bench.exchange_links import wrong_rows
-from dsjax.bench.exchange_loops import AXIS, Cards, Loop
+from dsjax.bench.exchange_loops import AXIS, Cards, Loop, begun
 from dsjax.bench.exchange_operands import Operands, crossings, make
 from dsjax.bench.exchange_peers import DENSE, RAGGED
 from dsjax.bench.exchange_records import records
@@ -28,6 +28,7 @@ from dsjax.bench.rows import OURS, Row
 from dsjax.bench.timing import Method, Timing
 from dsjax.parallel.nvlink import NvLink
 from pallas_kernels import device, sm90_expert_combine
+from pallas_kernels.quantize import dequantize
 from pallas_kernels.sm90_link_ceilings import last_loaded
 from tests.train.conftest import quick_compilation
 
@@ -192,19 +193,25 @@ def test_sums_may_differ_by_rounding_only():
     assert exchange_check.off_by_more(other, x).tolist() == [False, True, True]
 
 
-def test_low_latency_round_brings_tokens_back(cards, drawn):
-    """Times the sum of their weights, which is one."""
-    call, operands = prepared("low_latency_round", SHAPE, layouts, drawn, "reference")
-    found, known = cards.program(call)(*operands)
-    assert np.abs(np.asarray(found - drawn.x, np.float32)).max() < 0.2  # e4m3's rounding
-    np.testing.assert_array_equal(np.asarray(known)[:48], np.asarray(drawn.about))
+def test_low_latency_dispatch_brings_tokens(cards, drawn):
+    """Those of all devices, in the rows that slots name, and nothing home from an empty combine."""
+    call, operands, state = prepared("low_latency_dispatch", SHAPE, layouts, drawn, "reference")
+    once = cards.program(lambda *operands: begun(call, state, operands)(*operands))
+    q, scale, counts, slots, _, home = (np.asarray(x) for x in once(*operands))
+    rows = np.asarray(dequantize(q, scale, jnp.float32, block_rows=1)).reshape(8, -1, 128)
+    device, token, j = np.nonzero(slots.reshape(8, 48, 3) >= 0)
+    found = rows[device, slots.reshape(8, 48, 3)[device, token, j]]
+    assert np.abs(found - np.asarray(drawn.x, np.float32)[token]).max() < 0.2  # e4m3's rounding
+    assert counts.sum() == len(found) == 8 * 6 * 3
+    assert not home.any()
 
 
 WRONG = {
     "layout": lambda slots, *others: (slots.at[0, 0].add(1), *others),
     "dispatch_fp8": lambda q, scale: (q, scale.at[:, 0].mul(2)),
     "combine": lambda sums: (sums.at[3].set(sums[2]),),
-    "low_latency_dispatch": lambda q, scale, about: (q, scale, about.at[1, 0].add(1)),
+    "low_latency_dispatch": lambda *found: (found[0], found[1].at[:, 0].mul(2), *found[2:]),
+    "low_latency_combine": lambda home, counts: (home.at[2].set(home[1]), counts),
 }
 
 
@@ -212,16 +219,27 @@ WRONG = {
 def test_wrong_row_is_found(kind, cards, monkeypatch):
     right = TIMED[kind]
 
-    def other(how, *operands):
-        found = right.call(how, *operands)
-        return found if how.backend == "reference" else WRONG[kind](*found)
+    def other(first, *operands):
+        first, backend = first if right.state else (first, first.backend)
+        found = right.call(first, *operands)
+        return found if backend == "reference" else WRONG[kind](*found)
 
-    monkeypatch.setitem(TIMED, kind, right._replace(call=other))
+    def state(shape, backend, *operands):
+        return right.state(shape, backend, *operands), backend
+
+    changed = right._replace(call=other, state=state if right.state else None)
+    monkeypatch.setitem(TIMED, kind, changed)
     row = measure(kind, SHAPE, cards, layouts, QUICK, {})
     assert row.failed
     assert row.error > 0
     assert row.note.endswith("rows are wrong")
     assert OURS in row.timings
+
+
+def test_low_latency_round_is_right(cards):
+    """Again and again on one inbox, opened before."""
+    row = measure("low_latency_round", SHAPE, cards, layouts, QUICK, {})
+    assert (row.failed, row.error) == (False, 0)
 
 
 def test_links_rows_are_counted(cards):
@@ -269,12 +287,12 @@ def test_timed_kernels_lower_for_cuda(kind, cards, hopper):
     f8, i32, f32, bf16 = jnp.float8_e4m3fn, jnp.int32, jnp.float32, jnp.bfloat16
     x = Operands(
         of((rows, d), bf16), of((rows, d), f8), of((rows, 56), f32), of((rows, k), i32),
-        of((tokens, k), f32), of((rows, 2 * k), i32), of((tokens, k), i32), of((tokens,), i32),
-        of((8,), i32), of((rows, 8), bool), of((8,), i32), of((8,), bool),
+        of((tokens, k), f32), of((rows, k), f32), of((tokens, k), i32), of((tokens,), i32),
+        of((8,), i32), of((rows, 8), bool), of((256,), i32), of((8,), bool),
         of((8 * 2048, d), bf16), of((tokens, d), bf16),
     )  # fmt: skip
-    call, operands = prepared(kind, shape, layouts, x, "mosaic_gpu")
-    text = lowered(cards, call, operands)
+    call, operands, state = prepared(kind, shape, layouts, x, "mosaic_gpu")
+    text = lowered(cards, lambda *given: begun(call, state, given)(*given), operands)
     assert text.count("mosaic_gpu") >= 1
 
 

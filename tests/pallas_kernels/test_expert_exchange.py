@@ -10,13 +10,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from pallas_kernels.expert_exchange import (
-    cast_dispatch,
     combine_ranks,
     dispatch_quantized,
     dispatch_rows,
     reduce_rows,
 )
-from pallas_kernels.quantize import quantize_tiles
 from tests.pallas_kernels.test_permute import BF16, DTYPES, E4M3, assert_same_bits, draw
 
 AXIS, LOCAL = "expert", 4  # the latter: experts a rank
@@ -151,20 +149,6 @@ def combined(partial, routing):
     return summed(parts, routing.ranks)
 
 
-def assert_cast(found, x, ranks, about, power_of_two=False):
-    """Of a token what `quantize_tiles` gives on the ranks that want it, `about` on all."""
-    q, scale, known = (np.asarray(part) for part in found)
-    count, _, width = x.shape
-    flat = jnp.asarray(x).reshape(-1, width)
-    cast = quantize_tiles(flat, power_of_two=power_of_two, backend="reference")
-    rank, token = np.nonzero(ranks.transpose(2, 0, 1).reshape(count, -1))
-    for part, wanted in zip((q, scale), cast, strict=True):
-        assert part.shape == (count, *wanted.shape)
-        assert_same_bits(part[rank, token], np.asarray(wanted)[token])
-    for part in known:
-        assert_same_bits(part, about.reshape(-1, about.shape[-1]))
-
-
 on_routings = pytest.mark.parametrize("kind", KINDS)
 of_ranks = pytest.mark.parametrize("ranks", [2, 4, 8])
 
@@ -214,15 +198,6 @@ def test_combine(ranks, kind):
         partial = partials(routing, 16, dtype)
         found = reference(combine_ranks, ranks)(partial, routing.ranks.astype(of_dtype))
         assert_same_bits(found, combined(partial, routing))
-
-
-@pytest.mark.parametrize("power_of_two", [False, True])
-def test_cast_dispatch(power_of_two):
-    routing, x = route("random", 4, 5, 3), draw((4, 5, 272), BF16)
-    about = np.arange(4 * 5 * 6, dtype=np.int32).reshape(4, 5, 6)
-    x[0, 1, 3] = np.nan
-    found = reference(cast_dispatch, 4, power_of_two=power_of_two)(x, routing.ranks, about)
-    assert_cast(found, x, routing.ranks, about, power_of_two)
 
 
 def test_combine_rounds_once():
@@ -286,12 +261,11 @@ def wrong(function, *changes, match, ranks=2, axis=AXIS, **options):
         x=draw((ranks, 5, 16), BF16), q=draw((ranks, 5, 16), E4M3), scale=draw((ranks, 5, 1)),
         y=draw((ranks, routing.rows, 16), BF16), slots=routing.slots, weights=None,
         tokens=routing.tokens, count=routing.count, ranks=routing.ranks,
-        partial=draw((ranks, 5 * ranks, 16), BF16), about=np.zeros((ranks, 5, 4), np.int32),
+        partial=draw((ranks, 5 * ranks, 16), BF16),
     ) | dict(changes)  # fmt: skip
     names = {
         dispatch_rows: "x slots tokens count", reduce_rows: "y slots weights tokens count",
         dispatch_quantized: "q scale slots tokens count", combine_ranks: "partial ranks",
-        cast_dispatch: "x ranks about",
     }[function].split()  # fmt: skip
     if function in (dispatch_rows, dispatch_quantized):
         options = dict(rows=routing.rows) | options
@@ -326,8 +300,6 @@ def test_wrong_sums():
     bad = functools.partial(wrong, combine_ranks)
     bad(("ranks", routing.ranks[..., :1]), match=r"ranks is \(5, 1\): expected R = 2 as on")
     bad(("ranks", routing.ranks.astype(np.float32)), match="ranks is float32")
-    wrong(cast_dispatch, ("about", np.zeros((2, 4, 4), np.int32)), match=r"T is .* 4 in about")
-    wrong(cast_dispatch, ("x", draw((2, 5, 16), E4M3)), match="x is float8_e4m3fn")
     bad(("partial", draw((2, 9, 16), BF16)), match=r"partial is bfloat16 \(9, 16\): .* \(10, 16\)")
 
 

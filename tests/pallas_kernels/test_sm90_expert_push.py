@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import sm90_expert_combine
 from pallas_kernels.expert_exchange import combine_ranks, reduce_rows
 from pallas_kernels.sm90_expert_combine import Ring
-from pallas_kernels.sm90_expert_push import SENDERS, SMS, combine_push
+from pallas_kernels.sm90_expert_push import CTAS, SENDERS, SMS, combine_push
 from pallas_kernels.sm90_peers import OneCard, Peers
 from tests.pallas_kernels.test_expert_exchange import (
     AXIS,
@@ -28,6 +28,9 @@ from tests.pallas_kernels.test_permute import BF16, assert_same_bits, draw
 from tests.pallas_kernels.test_sm90_expert_exchange import fresh, gpus
 
 SMALL = Ring(bytes=4096, stages=SENDERS + 2)
+
+
+NCCL = 32  # CTAs at most
 
 
 def push_all(y, slots, weights, tokens, count, ranks, **options):
@@ -60,6 +63,10 @@ def interpreted(capsys, operands, **options):
     jax.block_until_ready(found)
     assert "RACE" not in "".join(capsys.readouterr())
     return found
+
+
+def test_all_ctas_run_beside_nccl():
+    assert CTAS + NCCL <= SMS
 
 
 @pytest.mark.parametrize("kind", KINDS)
