@@ -103,11 +103,12 @@ class Spread(ABC):
         self, rows: Float[Array, "r d"], order: Order,
         weights_TK: Float[Array, "T k"] | None = None, backend: Backend = "auto",
     ) -> Float[Array, "T d"]:  # fmt: skip
-        weights = None
+        weights, overflow = None, order.route.overflow
         if weights_TK is not None:
             weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True)
+            # So that no word of an overflow is still under way where devices wait for sums.
+            weights = weights if overflow is None else jnp.where(overflow, jnp.nan, weights)
         out = self._sums(rows, order, weights, backend)
-        overflow = order.route.overflow
         return out if overflow is None else jnp.where(overflow, jnp.nan, out)
 
     def by_row(self, weights_TK: Float[Array, "T k"], order: Order) -> Float[Array, " r"]:
