@@ -24,7 +24,7 @@ from pallas_kernels.gemm_backend import Backend
 from pallas_kernels.kept import kept
 from pallas_kernels.quantize import FLOATS, quantize_tiles, swiglu_quantize_both
 from pallas_kernels.swiglu_backward import swiglu_backward
-from pallas_kernels.token_order import HERE, Exchange
+from pallas_kernels.token_order import HERE, Exchange, Order
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
@@ -76,11 +76,18 @@ def _forward(
     rows = Rows(order.sizes, x.dtype, backend)
     with jax.named_scope("routed_experts"):
         inner = rows.forward(copies, gate_up)
-        h, cache = swiglu_quantize_both(inner, backend=backend)
+        h, cache = swiglu_quantize_both(inner, _used(order, experts_TK.size), backend=backend)
         results = rows.forward(h, down)
     with jax.named_scope("combine"):
         out = exchange.combine(results, order, weights_TK, backend)
     return out, (x_q, kept(cache), order, weights_TK, gate_up, down)
+
+
+def _used(order: Order, choices: int) -> jax.Array | None:
+    """How many rows are somebody's, where there are more than this device's tokens have choices."""
+    if len(order.choices) <= choices:
+        return None
+    return order.sizes.sum(dtype=jnp.int32, keepdims=True)
 
 
 def _backward(exchange: Exchange, backend: Backend, saved: tuple, grad: jax.Array) -> tuple:

@@ -209,20 +209,24 @@ def swiglu_quantize(
 
 
 def swiglu_quantize_both(
-    gate_up: Float[Array, "m two_f"], *, power_of_two: bool = False, backend: Backend = "auto"
-) -> tuple[Quantized, Quantized]:
+    gate_up: Float[Array, "m two_f"], used: Int32[Array, " 1"] | None = None, *,
+    power_of_two: bool = False, backend: Backend = "auto",
+) -> tuple[Quantized, Quantized]:  # fmt: skip
     """`swiglu_quantize` and `quantize_tiles` of gate_up [M, 2F], in this order.
 
-    From one read of gate_up where F is divisible by 128: else a tile holds both gate and up. Raises
-    ValueError as `swiglu_quantize` does.
+    From one read of gate_up where F is divisible by 128: else a tile holds both gate and up. Only
+    the first `used` rows count, if given; results of others are unspecified. Raises ValueError as
+    `swiglu_quantize` does.
     """
     checks.array("gate_up", gate_up, "[M, 2F]", *FLOATS)
     checks.multiple("2F", gate_up.shape[1], 2)
+    if used is not None:
+        checks.exact("used", used, (1,), jnp.int32)
     f = gate_up.shape[1] // 2
     if f % TILE == 0 and _use_kernel(backend, gate_up, "F", f):
         from pallas_kernels import sm90_quantize_swiglu as kernels
 
-        return kernels.swiglu_both(_constant(gate_up), power_of_two=power_of_two)
+        return kernels.swiglu_both(_constant(gate_up), used, power_of_two=power_of_two)
     product = swiglu_quantize(gate_up, power_of_two=power_of_two, backend=backend)
     return product, quantize_tiles(gate_up, power_of_two=power_of_two, backend=backend)
 

@@ -257,7 +257,7 @@ def stages_of(itemsize: int, most_bytes: int) -> int:
 
 
 def stream(
-    units: int,
+    units: Scalar,
     stages: int,
     fetch: Callable[[Any, Scalar], None],
     work: Callable[[Any, Scalar, Callable[[], None]], None],

@@ -26,15 +26,23 @@ Pair = tuple[jax.Array, jax.Array]  # values and scales
 
 @lowered_once
 def swiglu_both(
-    gate_up: jax.Array, *, power_of_two: bool, rows: int = ROWS, stages: int = STAGES,
-    most_ctas: int = CTAS, sms: int | None = None, interpret: Any = None,
+    gate_up: jax.Array, used: jax.Array | None = None, *, power_of_two: bool, rows: int = ROWS,
+    stages: int = STAGES, most_ctas: int = CTAS, sms: int | None = None, interpret: Any = None,
 ) -> tuple[Pair, Pair]:  # fmt: skip
-    """`swiglu_quantize_both` of gate_up [M, 2F], F % 128 == 0. A unit has 8, 16, 24 or 32 rows."""
+    """`swiglu_quantize_both` of gate_up [M, 2F], F % 128 == 0. A unit has 8, 16, 24 or 32 rows.
+
+    Of used [1], int32, rows if given; others are left as they are, but for some of the last unit.
+    """
     m, f = gate_up.shape[0], gate_up.shape[1] // 2
     cols, units_down = f // TILE, ceil_div(m, rows)
     layout = rows_layout(gate_up.dtype)
 
-    def body(x_ref, h_q_ref, h_scale_ref, q_ref, scale_ref, x_s, q_s, h_q_s, line_s, scale_s, full):
+    def body(*refs: Any, x_s, q_s, h_q_s, line_s, scale_s, full):
+        x_ref, *counted, h_q_ref, h_scale_ref, q_ref, scale_ref = refs
+        down = units_down
+        if counted:
+            down = lax.min(lax.div(counted[0][0] + (rows - 1), jnp.int32(rows)), units_down)
+
         def locate(unit, cursor):
             return (lax.div(unit, jnp.int32(cols)) * rows, lax.rem(unit, jnp.int32(cols))), cursor
 
@@ -60,20 +68,21 @@ def swiglu_both(
             store(*place)
 
         def store(row, col):
-            down, across = pl.ds(row, rows), pl.ds(col * TILE, TILE)
-            plgpu.copy_smem_to_gmem(q_s, q_ref.at[down, :, across])
-            plgpu.copy_smem_to_gmem(h_q_s, h_q_ref.at[down, across])
+            at, across = pl.ds(row, rows), pl.ds(col * TILE, TILE)
+            plgpu.copy_smem_to_gmem(q_s, q_ref.at[at, :, across])
+            plgpu.copy_smem_to_gmem(h_q_s, h_q_ref.at[at, across])
             lines = scale_ref.at[col], scale_ref.at[cols + col], h_scale_ref.at[col]
             for i, line in enumerate(lines):
-                plgpu.copy_smem_to_gmem(_part(scale_s, i, rows), line.at[down])
+                plgpu.copy_smem_to_gmem(_part(scale_s, i, rows), line.at[at])
 
         if interpret is None:
             keep_row_major(x_s, q_s, h_q_s)
-        stream(units_down * cols, stages, fetch, work, locate)
+        stream(down * cols, stages, fetch, work, locate)
 
     h_q, h_scale, q, scale = launch(
-        body, gate_up.reshape(m, 2, f), name="swiglu_quantize_both", units=units_down * cols,
-        sms=sms, interpret=interpret, most_ctas=most_ctas,
+        body, gate_up.reshape(m, 2, f), *([] if used is None else [used]),
+        name="swiglu_quantize_both", units=units_down * cols, sms=sms, interpret=interpret,
+        most_ctas=most_ctas,
         out=[
             jax.ShapeDtypeStruct((m, f), E4M3),
             jax.ShapeDtypeStruct((cols, units_down * rows), jnp.float32),

@@ -54,6 +54,17 @@ def test_both(m, f, dtype, power_of_two, capsys):
     assert_same_bits(found[0], kernel(sm90_quantize.swiglu, gate_up))
 
 
+@pytest.mark.parametrize("used", [0, 1, 33, 64, 97, 130])
+def test_both_of_rows_that_are_used(used, capsys):
+    """The others are NaN, and reading them would not matter."""
+    gate_up = draw((97, 512), jnp.bfloat16).at[used:].set(jnp.nan)
+    kernel = functools.partial(interpreted, power_of_two=False, capsys=capsys)
+    found = kernel(sm90_quantize_swiglu.swiglu_both, gate_up, jnp.array([used], jnp.int32))
+    every = kernel(sm90_quantize_swiglu.swiglu_both, gate_up)
+    found, wanted = jax.tree.leaves(found), jax.tree.leaves(every)
+    assert_same_bits([x[:used] for x in found], [x[:used] for x in wanted])
+
+
 def test_both_keeps_special_numbers_to_their_tiles(capsys):
     gate_up = jnp.asarray(with_specials(draw((40, 512))), jnp.bfloat16)
     kernel = functools.partial(interpreted, power_of_two=False, capsys=capsys)
@@ -258,6 +269,8 @@ def test_both_refuses():
         swiglu_quantize_both(jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match="float16"):
         swiglu_quantize_both(jnp.zeros((2, 4), jnp.float16))
+    with pytest.raises(ValueError, match="used"):
+        swiglu_quantize_both(jnp.zeros((2, 4)), jnp.zeros(2, jnp.int32))
     with pytest.raises(TypeError, match="not differentiable"):
         jax.grad(lambda x: swiglu_quantize_both(x)[0][1].sum())(jnp.ones((2, 256)))
 
@@ -285,6 +298,10 @@ def test_card_both(m, f, dtype, power_of_two):
     assert_same_bits(tiles, run(quantize_tiles))
     again = run(swiglu_quantize_both)
     assert_same_bits([*again[0], *again[1]], [*product, *tiles])
+    some = jnp.array([m // 3], jnp.int32)
+    of_some = run(functools.partial(swiglu_quantize_both, used=some))
+    found, wanted = jax.tree.leaves(of_some), jax.tree.leaves((product, tiles))
+    assert_same_bits([x[: m // 3] for x in found], [x[: m // 3] for x in wanted])
 
 
 @pytest.mark.gpu
