@@ -1,7 +1,7 @@
 """Batches by number: batch n is a pure function of (seed, n).
 
 Nothing is remembered between batches, so a run resumes from its step count alone, and as hosts
-take slices of the same global batch it may resume on another number of hosts. Grain shuffles,
+take slices of the same micro-batches it may resume on another number of hosts. Grain shuffles,
 anew each epoch, and prefetches.
 """
 
@@ -18,7 +18,7 @@ from dsjax.data.packing import Packed, Sequences
 class TrainStream:
     """Training batches of one host, whose sizes follow `train`'s ramp.
 
-    ValueError if the text is shorter than a sequence or a batch does not divide over the hosts.
+    ValueError if the text is shorter than a sequence or a micro-batch does not divide over hosts.
     """
 
     def __init__(
@@ -38,10 +38,13 @@ class TrainStream:
         self._records = records.seed(seed).shuffle().repeat()
 
     def batch(self, n: int) -> Int32[np.ndarray, "b t+1"]:
-        """This host's rows of batch n; ValueError for a negative n."""
-        share = batch_size(self._train, n) // self._hosts
-        start = batch_offset(self._train, n) + self._host * share
-        return np.stack([np.asarray(self._records[i]) for i in range(start, start + share)])
+        """This host's rows of batch n: its share of each micro-batch. ValueError for a negative n."""
+        size, first = batch_size(self._train, n), batch_offset(self._train, n)
+        micro, *_ = _ramp(self._train)
+        share = micro // self._hosts
+        starts = range(first + self._host * share, first + size, micro)
+        rows = [i for start in starts for i in range(start, start + share)]
+        return np.stack([np.asarray(self._records[i]) for i in rows])
 
     def iterate(self, start: int, stop: int) -> Iterator[Int32[np.ndarray, "b t+1"]]:
         """Batches start, ..., stop - 1 in order, read ahead by two threads."""
@@ -115,10 +118,9 @@ def _check_hosts(train: config.Train, host_index: int, host_count: int) -> None:
         raise ValueError(
             f"host_index={host_index} of host_count={host_count}: the index counts from 0"
         )
-    micro, _, levels, ramp = _ramp(train)
-    unit = micro if levels and ramp else train.batch
-    if unit % host_count:
+    micro, *_ = _ramp(train)
+    if micro % host_count:
         raise ValueError(
-            f"a batch grows in steps of {unit} sequences, which {host_count} hosts cannot share "
-            f"evenly: make it a multiple of {host_count}"
+            f"a micro-batch has {micro} sequences, which {host_count} hosts cannot share evenly: "
+            f"make it a multiple of {host_count}"
         )

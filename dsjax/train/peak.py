@@ -48,6 +48,6 @@ def utilisation(tokens_per_second: float, work: Work) -> dict[str, float]:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory in use on the first device so far, None where the platform does not tell."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Most memory in use so far on this process's first device, None where that is not told."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")

@@ -45,11 +45,13 @@ def test_a_resumed_stream_goes_on_where_it_stopped():
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_same_global_batches(hosts):
+def test_hosts_share_the_same_micro_batches(hosts):
     streams = [_stream(RAMP, host_index=i, host_count=hosts) for i in range(hosts)]
     for n in (0, 3, 11):
-        parts = [stream.batch(n) for stream in streams]
-        np.testing.assert_array_equal(np.concatenate(parts), _stream(RAMP).batch(n))
+        micro = RAMP.batch // RAMP.micro_batches
+        parts = [stream.batch(n).reshape(-1, micro // hosts, SEQ + 1) for stream in streams]
+        whole = np.concatenate(parts, axis=1).reshape(-1, SEQ + 1)
+        np.testing.assert_array_equal(whole, _stream(RAMP).batch(n))
 
 
 def test_each_epoch_covers_every_record_once_in_a_new_order():
