@@ -332,7 +332,8 @@ class Mesh:
     """Devices of a host that share its experts out; the rest of the state they divide, too."""
     zero: Zero = 3
     """When a divided state is brought together: by layers (ZeRO-3) or once a step; gradients are
-    divided again after every micro-batch (2) or after the last one (1)."""
+    divided again after every micro-batch (2) or after the last one (1). In FP8 ZeRO-3 casts each
+    layer's weights anew and wants a `train.remat` other than none, which would keep them all."""
 
     def __post_init__(self) -> None:
         free = []

@@ -21,7 +21,7 @@ from pallas_kernels.fp8_products import Rows
 from pallas_kernels.fp8_recipe import turned
 from pallas_kernels.fp8_weight import Fp8Weight
 from pallas_kernels.gemm_backend import Backend
-from pallas_kernels.kept import kept
+from pallas_kernels.kept import as_bits, from_bits, kept
 from pallas_kernels.quantize import FLOATS, quantize_tiles, swiglu_quantize_both
 from pallas_kernels.swiglu_backward import swiglu_backward
 from pallas_kernels.token_order import HERE, Exchange, Order
@@ -80,7 +80,8 @@ def _forward(
         results = rows.forward(h, down)
     with jax.named_scope("combine"):
         out = exchange.combine(results, order, weights_TK, backend)
-    return out, (x_q, kept(cache), order, weights_TK, gate_up, down)
+    x_q, cache, *weights = as_bits((x_q, cache, gate_up, down))
+    return out, (x_q, kept(cache), order, weights_TK, *weights)
 
 
 def _used(order: Order, choices: int) -> jax.Array | None:
@@ -91,7 +92,7 @@ def _used(order: Order, choices: int) -> jax.Array | None:
 
 
 def _backward(exchange: Exchange, backend: Backend, saved: tuple, grad: jax.Array) -> tuple:
-    x_q, cache, order, weights_TK, gate_up, down = saved
+    x_q, cache, order, weights_TK, gate_up, down = from_bits(saved)
     rows = Rows(order.sizes, grad.dtype, backend)
     with jax.named_scope("combine"):
         grad_q = down.recipe.rows(grad, backend)

@@ -17,7 +17,7 @@ from pallas_kernels import checks, fp8_gauge
 from pallas_kernels.fp8_products import Rows
 from pallas_kernels.fp8_weight import Fp8Weight
 from pallas_kernels.gemm_backend import Backend
-from pallas_kernels.kept import kept
+from pallas_kernels.kept import as_bits, from_bits, kept
 from pallas_kernels.quantize import (
     FLOATS,
     quantize_tiles,
@@ -86,11 +86,11 @@ def _project(how: How, x: jax.Array, weights: tuple[Fp8Weight, ...]) -> tuple[ja
 def _project_forward(how: How, x: jax.Array, weights: tuple) -> tuple:
     rows = Rows(None, x.dtype, how.backend)
     x_q = quantize_tiles(x, power_of_two=how.power_of_two, backend=how.backend)
-    return tuple(rows.forward(x_q, weight) for weight in weights), (x_q, weights)
+    return tuple(rows.forward(x_q, weight) for weight in weights), as_bits((x_q, weights))
 
 
 def _project_backward(how: How, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple:
-    x_q, weights = saved
+    x_q, weights = from_bits(saved)
     rows = Rows(None, grads[0].dtype, how.backend)
     x_t = requantize_transposed(*x_q, power_of_two=how.power_of_two, backend=how.backend)
     d_x, d_weights = [], []
@@ -118,11 +118,12 @@ def _mlp_forward(
     inner = rows.forward(x_q, gate_up)
     h, cache = swiglu_quantize_both(inner, backend=how.backend)
     out = rows.forward(h, down)
-    return out, (x_q, kept(cache), gate_up, down)
+    x_q, cache, *weights = as_bits((x_q, cache, gate_up, down))
+    return out, (x_q, kept(cache), *weights)
 
 
 def _mlp_backward(how: How, saved: tuple, grad: jax.Array) -> tuple:
-    x_q, cache, gate_up, down = saved
+    x_q, cache, gate_up, down = from_bits(saved)
     rows = Rows(None, grad.dtype, how.backend)
     grad_q, grad_t = down.recipe.both(grad, None, how.backend)
     d_h = rows.backward(grad_q, down)

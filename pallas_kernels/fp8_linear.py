@@ -22,6 +22,7 @@ from pallas_kernels import checks
 from pallas_kernels.fp8_gemm import fp8_gemm, fp8_grouped_gemm
 from pallas_kernels.fp8_wgrad import fp8_grouped_wgrad, fp8_wgrad
 from pallas_kernels.gemm_backend import Backend
+from pallas_kernels.kept import as_bits, from_bits
 from pallas_kernels.quantize import (
     quantize_blocks,
     quantize_both,
@@ -107,13 +108,13 @@ def _forward(
     x_q, x_scale = quantize_tiles(x, backend=backend)
     w_q, w_scale = quantize_blocks(w, backend=backend)
     out = _rows(x_q, x_scale, w_q, w_scale, sizes, x.dtype, backend)
-    return out, (x_q, x_scale, w_q, w_scale, sizes)
+    return out, as_bits((x_q, x_scale, w_q, w_scale, sizes))
 
 
 def _backward(
     w_dtype: DTypeLike, backend: Backend, saved: Saved, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, np.ndarray | None]:
-    x_q, x_scale, w_q, w_scale, sizes = saved
+    x_q, x_scale, w_q, w_scale, sizes = from_bits(saved)
     dy_q, dy_scale, dy_t, dy_t_scale = quantize_both(dy, sizes, backend=backend)
     x_t, x_t_scale = requantize_transposed(x_q, x_scale, sizes, backend=backend)
     back, back_scale = w_q.swapaxes(-1, -2), w_scale.swapaxes(-1, -2)

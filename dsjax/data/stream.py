@@ -38,7 +38,7 @@ class TrainStream:
         self._records = records.seed(seed).shuffle().repeat()
 
     def batch(self, n: int) -> Int32[np.ndarray, "b t+1"]:
-        """This host's rows of batch n: its share of each micro-batch. ValueError for a negative n."""
+        """This host's rows of batch n, its share of each micro-batch; ValueError if n < 0."""
         size, first = batch_size(self._train, n), batch_offset(self._train, n)
         micro, *_ = _ramp(self._train)
         share = micro // self._hosts

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from dsjax.config import Model, Remat
     from pallas_kernels.mla_decode import Plan
 
-# The first is for ZeRO-3, which has no FP8: with e4m3 among what it keeps, losses were NaN. jax
-# rounds kept values once more; a likely cause is that this knows no format without infinities.
+# The first is for ZeRO-3, and not in FP8, where it would keep weights as layers have cast them.
 POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

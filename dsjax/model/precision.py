@@ -8,11 +8,14 @@ expert in e4m3, inputs and gradients with a scale for 1 x 128, weights for 128 x
 behind attention with powers of two for scales. V3 keeps that input in E5M6; ours stays e4m3. V3's
 weight gradients are float32; ours leave their product in BF16, as without FP8, and are summed over
 micro-batches in float32. Weights are cast once a step, `fp8_values`, and meet their masters in
-`with_fp8`.
+`with_fp8`; those of which a device has a part (ZeRO-3) are an `Fp8Master` until a layer has brought
+the parts together.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,27 @@ FP8_RANKS = {
 experts number them in front. All others (embedding, head, router, norms) stay as they are."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["master", "gauge"],
+    meta_fields=["name", "recipe"],
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Master:
+    """A weight that is multiplied in FP8, before it is cast."""
+
+    master: Float[Array, "..."]
+    """A device's part of it."""
+    gauge: Float[Array, " 3"]
+    name: str
+    recipe: Recipe
+
+    def cast(self, master: Float[Array, "..."]) -> Fp8Weight:
+        """Of all its parts, of one layer. ValueError where its widths do not fit."""
+        values = _cast(self.name, master)
+        return Fp8Weight(_in_whole_tiles(self.name, master), self.gauge, *values, self.recipe)
+
+
 def compute_dtype(precision: Precision) -> jnp.dtype:
     """The dtype of activations; raises ValueError for a precision that does not exist."""
     if precision not in COMPUTE_DTYPE:
@@ -56,8 +80,8 @@ def compute_dtype(precision: Precision) -> jnp.dtype:
     return jnp.dtype(COMPUTE_DTYPE[precision])
 
 
-def _fp8_rank(path: tuple[Any, ...]) -> tuple[int, int] | None:
-    return FP8_RANKS.get(str(getattr(path[-1], "key", "")))
+def _name(path: tuple[Any, ...]) -> str:
+    return str(getattr(path[-1], "key", ""))
 
 
 def fp8_values(params: PyTree[Array]) -> PyTree:
@@ -68,19 +92,23 @@ def fp8_values(params: PyTree[Array]) -> PyTree:
     """
 
     def cast(path: tuple, master: jax.Array) -> tuple[jax.Array, ...] | None:
-        if not (rank := _fp8_rank(path)):
+        if _name(path) not in FP8_RANKS:
             return None
-        groups = master.ndim - rank[0]
-        _check_widths(path, master.shape[groups:], rank[1])
-        return quantize_weight(_in_whole_tiles(path, master), groups, rank[1])
+        return _cast(_name(path), master, jax.tree_util.keystr(path, simple=True, separator="."))
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _check_widths(path: tuple, shape: tuple[int, ...], inputs: int) -> None:
+def _cast(name: str, master: jax.Array, called: str = "") -> tuple[jax.Array, ...]:
+    axes, inputs = FP8_RANKS[name]
+    groups = master.ndim - axes
+    _check_widths(called or name, master.shape[groups:], inputs)
+    return quantize_weight(_in_whole_tiles(name, master), groups, inputs)
+
+
+def _check_widths(name: str, shape: tuple[int, ...], inputs: int) -> None:
     widths = math.prod(shape[:inputs]), math.prod(shape[inputs:])
     if any(width % FP8_WIDTH for width in widths):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
         raise ValueError(
             f"{name} is {widths[0]} wide in and {widths[1]} out: precision fp8 takes multiples of "
             f"{FP8_WIDTH}"
@@ -91,32 +119,41 @@ def fp8_gauges(params: PyTree[Array]) -> PyTree:
     """A gauge (see `pallas_kernels.fp8_gauge`) for every layer's FP8 weights, None for others."""
 
     def make(path: tuple, master: jax.Array) -> jax.Array | None:
-        rank = _fp8_rank(path)
         stacked = getattr(path[0], "key", "") in STACKED
-        return fp8_gauge.new_gauge(*master.shape[:stacked]) if rank else None
+        found = _name(path) in FP8_RANKS
+        return fp8_gauge.new_gauge(*master.shape[:stacked]) if found else None
 
     return jax.tree_util.tree_map_with_path(make, params)
 
 
-def with_fp8(params: PyTree[Array], gauges: PyTree, values: PyTree, recipe: Recipe = V3) -> PyTree:
-    """Parameters in which those that have FP8 values are `Fp8Weight`s."""
+def with_fp8(
+    params: PyTree[Array], gauges: PyTree, values: PyTree | None, recipe: Recipe = V3
+) -> PyTree:
+    """Parameters in which those that have FP8 values are `Fp8Weight`s.
 
-    def join(path: tuple, master: jax.Array, gauge: jax.Array, cast: tuple | None) -> Weight:
-        if cast is None:
+    Without values those that would have them are `Fp8Master`s.
+    """
+
+    def join(path: tuple, master: jax.Array, gauge: Any, cast: tuple | None) -> Any:
+        if gauge is None:
             return master
-        return Fp8Weight(_in_whole_tiles(path, master), gauge, *cast, recipe)
+        if cast is None:
+            return Fp8Master(master, gauge, _name(path), recipe)
+        return Fp8Weight(_in_whole_tiles(_name(path), master), gauge, *cast, recipe)
 
+    if values is None:
+        values = jax.tree.map(lambda x: None, params)
     return jax.tree_util.tree_map_with_path(
         join, params, gauges, values, is_leaf=lambda x: x is None
     )
 
 
-def _in_whole_tiles(path: tuple, master: jax.Array) -> jax.Array:
+def _in_whole_tiles(name: str, master: jax.Array) -> jax.Array:
     """With zeros up to whole tiles of SwiGLU's width, where they are few.
 
     SwiGLU's kernels take no others, and V2-Lite's dense layer is 10944 = 85.5 * 128 wide.
     """
-    name, last = path[-1].key, [(0, 0)] * (master.ndim - 2)
+    last = [(0, 0)] * (master.ndim - 2)
     if name not in ("gate_up", "down"):
         return master
     width = master.shape[-1] // 2 if name == "gate_up" else master.shape[-2]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsjax.model.placement import GATHERED
-from dsjax.model.precision import STACKED
+from dsjax.model.precision import STACKED, Fp8Master
 from dsjax.parallel.mesh import AXES, EXPERTS, FSDP, STATE, Axes
 
 if TYPE_CHECKING:
@@ -127,7 +127,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class Gather:
-    """Brings together, inside of shard_map, a layer's weights or others that lie apart."""
+    """Brings together, inside of shard_map, a layer's weights or others that lie apart.
+
+    Weights for FP8 are then cast.
+    """
 
     def __init__(self, params: PyTree[jax.ShapeDtypeStruct], mesh: Mesh):
         leaves = jax.tree_util.tree_flatten_with_path(divisions(params, mesh))[0]
@@ -138,12 +141,16 @@ class Gather:
             self._divisions[_without_numbers(names)] = own
 
     def __call__(self, kind: str, weights: Any) -> Any:
-        def bring(path: tuple, x: jax.Array) -> jax.Array:
+        def bring(path: tuple, x: jax.Array | Fp8Master) -> Any:
             names = (kind, *(name for name in path_names(path) if name not in ("", "value")))
-            found = self._divisions.get(names)
-            return checkpoint_name(found.gather(x), GATHERED) if found else x
+            found, part = self._divisions.get(names), x.master if isinstance(x, Fp8Master) else x
+            whole = checkpoint_name(found.gather(part), GATHERED) if found else part
+            return x.cast(whole) if isinstance(x, Fp8Master) else whole
 
-        return jax.tree_util.tree_map_with_path(bring, weights)
+        def leaf(x: Any) -> bool:
+            return isinstance(x, Fp8Master)
+
+        return jax.tree_util.tree_map_with_path(bring, weights, is_leaf=leaf)
 
 
 def _without_numbers(names: tuple[str, ...]) -> tuple[str, ...]:

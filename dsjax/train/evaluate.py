@@ -49,7 +49,8 @@ def build_evaluate(
     batch = run.train.batch // run.train.micro_batches
 
     def of_device(params: PyTree, bias: PyTree, sequences: jax.Array, mask: jax.Array):
-        params = weights_in_format(run, devices.together(params))
+        whole = not devices.placement.gathers
+        params = weights_in_format(run, devices.together(params), whole)
         model = whole_model(run, params, bias, devices)
         hidden, stats = model.hidden(sequences[:, :-1], devices.placement)
         _, nats = cross_entropy(model, hidden, sequences[:, 1:])

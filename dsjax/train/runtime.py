@@ -112,10 +112,12 @@ class Runtime:
             )
 
     def _check_precision(self) -> None:
-        if self.run.precision == "fp8" and self.mesh.size > 1 and self.run.mesh.zero == 3:
+        apart = self.mesh.size > 1 and self.run.mesh.zero == 3
+        if self.run.precision == "fp8" and apart and self.run.train.remat == "none":
             raise ValueError(
-                f"precision is fp8 on {self.mesh.size} devices with mesh zero=3: weights are cast "
-                "to FP8 once a step, when they are whole; use zero=1 or 2"
+                f"precision is fp8 on {self.mesh.size} devices with mesh zero=3 and remat none: "
+                "layers would keep all weights that they cast; use remat v3 or layer, or zero=1 "
+                "or 2"
             )
 
     def _devices(self) -> Alone:

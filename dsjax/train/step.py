@@ -61,11 +61,15 @@ def model_of(run: Run, params: PyTree, bias: PyTree) -> Transformer:
     return nnx.merge(graph, param_state, bias_state)
 
 
-def weights_in_format(run: Run, params: PyTree) -> PyTree:
-    """Parameters as the run multiplies with them, for `model_of`: in FP8 cast here and now."""
+def weights_in_format(run: Run, params: PyTree, whole: bool = True) -> PyTree:
+    """Parameters as the run multiplies with them, for `model_of`: in FP8 cast here and now.
+
+    Those that are not `whole` are cast when they are (`Placement.gather`).
+    """
     if run.precision != "fp8":
         return params
-    return with_fp8(params, fp8_gauges(params), fp8_values(params), fp8_recipe(run))
+    values = fp8_values(params) if whole else None
+    return with_fp8(params, fp8_gauges(params), values, fp8_recipe(run))
 
 
 def fp8_recipe(run: Run) -> Recipe:
@@ -121,8 +125,9 @@ def _gradients(
     """Of parameters and gauges the gradients, and the losses, by what one device has of each."""
     fp8, mtp = run.precision == "fp8", mtp_weight(run.mtp, step, run.train.steps)
     params = devices.together(params)
-    # Once for all micro-batches; the weights' gradients go past their FP8 values.
-    gauges, cast = (fp8_gauges(params), fp8_values(params)) if fp8 else ({}, {})
+    # Whole weights once for all micro-batches; their gradients go past their FP8 values.
+    gauges = fp8_gauges(params) if fp8 else {}
+    cast = fp8_values(params) if fp8 and not devices.placement.gathers else None
 
     def loss(params: PyTree, gauges: PyTree, sequences: jax.Array):
         if fp8:

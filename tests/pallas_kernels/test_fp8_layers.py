@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.fp8_experts import fp8_experts
 from pallas_kernels.fp8_gauge import new_gauge
 from pallas_kernels.fp8_layers import fp8_mlp, fp8_project
+from pallas_kernels.fp8_linear import fp8_linear
 from pallas_kernels.fp8_weight import Fp8Weight, quantize_weight
 from pallas_kernels.quantize import (
     dequantize,
@@ -179,6 +180,24 @@ def test_experts_without_tokens_and_in_bfloat16():
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, fp8_experts(x, experts, weights, *weight)) < PLAIN["experts"]
     assert fp8_experts(x[:0], experts[:0], weights[:0], *weight).shape == (0, D)
+
+
+@pytest.mark.parametrize("layer", ["linear", "project", "mlp", "experts"])
+def test_what_jax_checkpoint_keeps_is_what_there_was(layer):
+    """It rounds what a policy keeps, and e4m3 values of 256 and more, as each tile has, to NaN."""
+    experts, weights, x, gate_up, down = draw_experts()
+    routed = cast(gate_up, 1), cast(down, 1)
+    run = {
+        "linear": lambda x: fp8_linear(x, gate_up[0].T),
+        "project": lambda x: fp8_project(x, (cast(gate_up[0]),))[0],
+        "mlp": lambda x: fp8_mlp(x, cast(gate_up[0]), cast(down[0])),
+        "experts": lambda x: fp8_experts(x, experts, weights, *routed),
+    }[layer]
+    policy = jax.checkpoint_policies.everything_saveable
+    kept = jax.checkpoint(run, policy=policy)
+    found, wanted = (jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in (kept, run))
+    np.testing.assert_array_equal(found, wanted)
+    assert np.isfinite(found).all()
 
 
 def test_turning_tiles_of_powers_of_two_changes_nothing():

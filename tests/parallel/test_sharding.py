@@ -96,15 +96,32 @@ def test_losses_are_those_of_a_single_device(mesh, on, alone):
     assert on(mesh).losses[-1][0] < on(mesh).losses[0][0]
 
 
-@pytest.mark.slow
-def test_fp8_losses_are_near_those_of_a_single_device(tiny):
-    """Tiles that lie along tokens are other ones on every device."""
+@pytest.fixture(scope="module")
+def in_fp8(tiny) -> Run:
     widths = {"kv_lora_rank": 32, "qk_nope_dim": 16, "qk_rope_dim": 16, "v_dim": 16}
-    run = replace(tiny, precision="fp8", model=replace(tiny.model, **widths))
-    drawn = draw_state(run)
-    found = Ran(replace(run, mesh=Mesh(2, 2, expert=2, zero=1)), drawn)
-    expected, _ = run_alone(run, drawn)
+    return replace(tiny, precision="fp8", model=replace(tiny.model, **widths))
+
+
+@pytest.mark.slow
+def test_fp8_losses_are_near_those_of_a_single_device(in_fp8):
+    """Tiles that lie along tokens are other ones on every device."""
+    drawn = draw_state(in_fp8)
+    found = Ran(replace(in_fp8, mesh=Mesh(2, 2, expert=2, zero=1)), drawn)
+    expected, _ = run_alone(in_fp8, drawn)
     np.testing.assert_allclose(np.array(found.losses)[:, :2], np.array(expected)[:, :2], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_fp8_weights_that_layers_bring_together(in_fp8):
+    """ZeRO-3: cast in every layer, to the values that ZeRO-1 casts once a step."""
+    run = replace(in_fp8, train=replace(in_fp8.train, remat="v3"))
+    one, three = (
+        Ran(replace(run, mesh=Mesh(2, 2, expert=2, zero=zero)), draw_state(run)) for zero in (1, 3)
+    )
+    np.testing.assert_allclose(three.losses[0], one.losses[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.array(three.losses)[:, :2], np.array(one.losses)[:, :2], rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("mesh", NAMES)

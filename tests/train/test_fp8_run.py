@@ -64,9 +64,9 @@ def test_a_stopped_and_resumed_run_is_bit_equal_and_counts_what_fp8_loses(
     assert np.isfinite(logits).all()
 
 
-def test_weights_that_layers_bring_together_are_refused(tiny_run):
+def test_weights_that_layers_would_keep_are_refused(tiny_run):
     run = fp8_run(tiny_run)
-    with pytest.raises(ValueError, match=r"fp8 on \d+ devices with mesh zero=3.*zero=1 or 2"):
+    with pytest.raises(ValueError, match=r"fp8 on \d+ devices with mesh zero=3.*use remat v3"):
         Runtime(run, load_corpus(run))
 
 
