@@ -3,7 +3,7 @@
     python3 -m uv run --extra gpu run.py train configs/h200_3b.py
 
 Byte-level text by default (ids below 260 of the vocabulary of 102,400): give --data.tokenizer a
-tokenizer.json to train a model worth keeping. One H200: 133,600 tokens/s and 48.2 GiB, and with
+tokenizer.json to train a model worth keeping. One H200: 130,000 tokens/s and 48.2 GiB, and with
 --precision bf16 110,700 and 61.4; other GPUs have no FP8 kernels here.
 """
 
