@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import run
-from dsjax.bench import exchange, exchange_check, exchange_peers, exchange_soak
+from dsjax.bench import exchange, exchange_check, exchange_peers
 from dsjax.bench.ceilings import Ceilings
 from dsjax.bench.exchange import ExchangeOutcome, ExchangeSettings, bench_exchange, measure
 from dsjax.bench.exchange_calls import TIMED, prepared
@@ -23,7 +23,7 @@ from dsjax.bench.exchange_peers import DENSE, RAGGED
 from dsjax.bench.exchange_records import records
 from dsjax.bench.exchange_report import LAYOUT, run_exchange
 from dsjax.bench.exchange_shapes import PARTS, V3, LinkShape, Shape, Sizes, select
-from dsjax.bench.exchange_soak import routing, soak
+from dsjax.bench.exchange_soak import Soak
 from dsjax.bench.rows import OURS, Row
 from dsjax.bench.timing import Method, Timing
 from dsjax.parallel.nvlink import NvLink
@@ -123,7 +123,7 @@ def test_records_by_hand():
     ]
     crossing = {LINK: 7 * 4096, LinkShape(8, 1, 1, 1): 7, shape: 7000.0}
     outcome = ExchangeOutcome(CEILINGS, Method(), rows, remote_rows=crossing)
-    outcome.soak = exchange_soak.Soak(9, done=3, dispatched=1)
+    outcome.soak = Soak(9, done=3, dispatched=1)
     link, _, fp8, bf16, reduced, failed, soaked = records(outcome)
     rate = 7 * 4096 * 7168 / 1e-3
     assert link["gbytes_per_s"] == pytest.approx(rate / 1e9)
@@ -306,61 +306,6 @@ def test_collectives_lower_for_cuda(cards, monkeypatch):
     assert both[RAGGED].count("@ragged_all_to_all") == 2
 
 
-# --- the soak ------------------------------------------------------------------------------------
-
-
-def test_routings_are_what_they_are_called():
-    shape, key = Shape(4, 20, 128, 16, 4), jax.random.key(0)
-    owners = [np.asarray(routing(i, key, key, shape)) // 4 for i in range(4)]
-    assert len(np.unique(owners[0])) == 4
-    assert len(np.unique(owners[1])) == 1
-    assert len(np.unique(owners[2])) == 3
-    assert (owners[3] == owners[3][:, :1]).all()
-    assert len(np.unique(owners[3])) > 1
-    assert all(len(set(row)) == 4 for row in np.asarray(routing(1, key, key, shape)).tolist())
-
-
-def test_soak_of_right_rows(cards, monkeypatch):
-    monkeypatch.setattr(exchange_soak, "LOOP", 4)
-    seen = []
-    found = soak(6, cards, SHAPE, layouts, "reference", seen.append)
-    assert (found.done, found.dispatched, found.combined, found.failed) == (6, 0, 0, False)
-    assert len(seen) == 2
-    assert str(found).startswith("6 of 6 rounds, 0 wrong rows dispatched, 0 combined")
-
-
-@pytest.mark.parametrize(
-    ("door", "counted"), [("dispatch_quantized", (8, 0)), ("combine_rows", (0, 8))]
-)
-def test_soak_counts_wrong_rows(door, counted, cards, monkeypatch):
-    """One of each device in a round of four, which is the one of a single device: that has rows."""
-    right = getattr(exchange_soak, door)
-
-    def other(*operands, **options):
-        found = right(*operands, **options)
-        if door == "combine_rows":
-            return found.at[2].set(found[3])
-        return found[0], found[1].at[0].mul(2)
-
-    monkeypatch.setattr(exchange_soak, door, other)
-    found = soak(1, cards, SHAPE, layouts, "reference")
-    assert (found.dispatched, found.combined) == counted
-    assert found.failed
-
-
-def test_ctrl_c_ends_a_soak_with_what_was_counted(cards, monkeypatch):
-    monkeypatch.setattr(exchange_soak, "LOOP", 2)
-    calls = []
-
-    def begun(what):
-        calls.append(what)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    found = soak(8, cards, SHAPE, layouts, "reference", begun)
-    assert (found.done, found.interrupted, found.failed) == (4, True, False)
-
-
 # --- a run ---------------------------------------------------------------------------------------
 
 
@@ -407,7 +352,7 @@ def measured(monkeypatch):
 
 
 def test_wrong_rows_fail_the_run(measured, monkeypatch, tmp_path, capfd):
-    failed = exchange_soak.Soak(4, 4, dispatched=2)
+    failed = Soak(4, 4, dispatched=2)
     monkeypatch.setattr(exchange, "soak", lambda *_: failed)
     arguments = [*OPTIONS, "--parts", "combine", "--rounds", "4", "--out", str(tmp_path)]
     assert run.main(["bench", "exchange", *arguments]) == run.FAILED

@@ -195,7 +195,7 @@ def test_what_jax_checkpoint_keeps_is_what_there_was(layer):
     }[layer]
     policy = jax.checkpoint_policies.everything_saveable
     kept = jax.checkpoint(run, policy=policy)
-    found, wanted = (jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in (kept, run))
+    found, wanted = (jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(x) for f in (kept, run))
     np.testing.assert_array_equal(found, wanted)
     assert np.isfinite(found).all()
 

@@ -103,7 +103,11 @@ def test_round(kind, interpreted):
 
 @pytest.mark.parametrize(
     ("ranks", "tokens", "k", "width", "ctas", "chunk"),
-    [(3, 4, 1, 128, 5, 1), (2, 3, 8, 1152, 1, 4), (1, 3, 5, 128, 2, 2)],
+    [
+        pytest.param(3, 4, 1, 128, 5, 1, marks=pytest.mark.slow),
+        (2, 3, 8, 1152, 1, 4),
+        pytest.param(1, 3, 5, 128, 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_sizes(ranks, tokens, k, width, ctas, chunk, interpreted):
     """Choices and scales that do not fill 16 bytes, CTAs without a token and with all of them."""
