@@ -62,6 +62,7 @@ def assert_near(found, expected):
     np.testing.assert_allclose(lse[some], want_lse[some], rtol=8.01 / 65536, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fp8_pages():
     lengths, heads = [70, 0, 180], 16
     cache, spoiled, table = paged(lengths)

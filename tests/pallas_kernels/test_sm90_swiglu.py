@@ -129,7 +129,7 @@ def silu_times(q, scale):
         (129, 128, False, None),
         (1, 128, True, None),
         (300, 128, True, (100, 0, 150, 50)),
-        (150, 256, False, (7, 143)),
+        pytest.param(150, 256, False, (7, 143), marks=pytest.mark.slow),
     ],
 )
 def test_backward(m, f, weighted, sizes, capsys):
