@@ -4,7 +4,7 @@ The rank that wants rows pulls them: a persistent CTA of one warpgroup fetches a
 its rank with one bulk copy into a ring of shared memory and stores it from there to all of its
 slots. So a row crosses the link once, whatever number of experts here want it, and comes to lie in
 expert order, as grouped products read it, without a second pass. The tokens are divided evenly by
-their number on the device. 16 to 64 CTAs keep the links busy; the others of the GPU stay free.
+their number on the device. It takes few CTAs, so that the other SMs of the GPU stay free.
 
 Scales travel beside their row as a row of their own: written K-block-major, word by word, they
 take longer than the rows themselves (four ranks on one H200: 820 us against 386 as rows).
