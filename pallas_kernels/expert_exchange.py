@@ -89,11 +89,9 @@ def dispatch_quantized(
 
     The scales come as rows do, beside their tokens.
     """
-    checks.fp8("q", q, scale, "[T, d]")
-    _check_tokens(slots, tokens, count)
-    _check_dispatch(q, slots, rows, ctas, axis)
+    peers = peers_for_quantized(q, scale, slots, tokens, count, rows, axis, ctas, backend)
     q, scale = constant(q), constant(scale)
-    if _moves(backend, q, slots) and (peers := reachable_peers(backend, axis)):
+    if peers:
         from pallas_kernels import sm90_expert_dispatch as sm90
 
         given, ctas = (q, scale, slots, tokens, count), ctas or sm90.CTAS
@@ -182,15 +180,11 @@ def combine_rows(
     `tokens` list all that have a slot. A ValueError, too, for more `ctas` than the card runs at
     once.
     """
-    _check_tokens(slots, tokens, count)
-    _check_ranks(ranks, axis)
-    checks.array("y", y, "[rows, d]", jnp.bfloat16, jnp.float32)
-    if _sums(backend, y, slots, "k") and (peers := reachable_peers(backend, axis)):
+    peers = peers_for_sums(y, slots, weights, tokens, count, ranks, axis, ctas, backend)
+    if peers:
         from pallas_kernels.sm90_expert_push import combine_push
 
-        if weights is not None:
-            checks.exact("weights", weights, slots.shape)
-            weights = constant(weights)
+        weights = weights if weights is None else constant(weights)
         return combine_push(constant(y), slots, weights, ranks, peers=peers, ctas=ctas)
     partial = reduce_rows(y, slots, weights, tokens, count, backend=backend)
     return combine_ranks(partial, ranks, axis=axis, ctas=ctas, backend=backend)
@@ -234,6 +228,31 @@ def _added(parts: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 # --- checks ------------------------------------------------------------------------------------
+
+
+def peers_for_quantized(
+    q: jax.Array, scale: jax.Array, slots: jax.Array, tokens: jax.Array, count: jax.Array,
+    rows: int, axis: Axis, ctas: int | None, backend: Backend,
+) -> Peers | None:  # fmt: skip
+    """The ranks whose kernels dispatch it, None where jnp does; errors of `dispatch_quantized`."""
+    checks.fp8("q", q, scale, "[T, d]")
+    _check_tokens(slots, tokens, count)
+    _check_dispatch(q, slots, rows, ctas, axis)
+    return reachable_peers(backend, axis) if _moves(backend, q, slots) else None
+
+
+def peers_for_sums(
+    y: jax.Array, slots: jax.Array, weights: jax.Array | None, tokens: jax.Array, count: jax.Array,
+    ranks: jax.Array, axis: Axis, ctas: int | None, backend: Backend,
+) -> Peers | None:  # fmt: skip
+    """The ranks whose kernels combine it, None where jnp does; errors of `combine_rows`."""
+    _check_tokens(slots, tokens, count)
+    _check_ranks(ranks, axis)
+    checks.array("y", y, "[rows, d]", jnp.bfloat16, jnp.float32)
+    if weights is not None:
+        checks.exact("weights", weights, slots.shape)
+    _check_ctas(ctas)
+    return reachable_peers(backend, axis) if _sums(backend, y, slots, "k") else None
 
 
 def _check_tokens(slots: jax.Array, tokens: jax.Array, count: jax.Array) -> None:

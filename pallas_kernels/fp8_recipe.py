@@ -42,13 +42,19 @@ class Recipe:
         return quantize_tiles(grad, power_of_two=True, backend=backend)
 
     def both(
-        self, grad: Float[Array, "m k"], sizes: Int32[Array, " g"] | None, backend: Backend
-    ) -> tuple[Pair, Pair]:
-        """A gradient's tiles along K, and of its transpose along M, by groups of rows if given."""
+        self, grad: Float[Array, "m k"], sizes: Int32[Array, " g"] | None, backend: Backend,
+        *, power_of_two: bool = False,
+    ) -> tuple[Pair, Pair]:  # fmt: skip
+        """A gradient's tiles along K, and of its transpose along M, by groups of rows if given.
+
+        power_of_two: the scales, as those of `rows`.
+        """
         if self.gradient_blocks:
             rows = _in_blocks(grad, backend)
             return rows, turned(rows, sizes, backend)
-        q, scale, q_t, scale_t = quantize_both(grad, sizes, backend=backend)
+        q, scale, q_t, scale_t = quantize_both(
+            grad, sizes, power_of_two=power_of_two, backend=backend
+        )
         return (q, scale), (q_t, scale_t)
 
 

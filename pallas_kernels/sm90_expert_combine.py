@@ -236,13 +236,36 @@ class Stages(NamedTuple):
 
         plgpu.copy_gmem_to_smem(row, self.ring.at[stage], self.full.at[stage], oob_mode=INSIDE)
 
-    def take(self, n: Scalar) -> jax.Array:
-        stage = self.of(n)
-        plgpu.barrier_wait(self.full.at[stage])
-        row = plgpu.load(self.ring.at[stage], layout=self.layout, optimized=False)
-        plgpu.commit_smem()  # the row has been read, says this to the copy that overwrites it
-        plgpu.barrier_arrive(self.empty.at[stage])
-        return row.astype(jnp.float32)
+    def add_up(
+        self, used: Scalar, there: Sequence[Scalar], weights: Sequence[Scalar]
+    ) -> tuple[jax.Array, Scalar]:
+        """The sum of the next rows of those that are there, in order, and `used` with them."""
+        total, most = self.zeros(), self.ring.shape[0]
+        for first in range(0, len(there), most):  # more could not be in the ring at once
+            part = slice(first, first + most)
+            total, used = self._add(total, used, there[part], weights[part])
+        return total, used
+
+    def _add(
+        self, total: jax.Array, used: Scalar, there: Sequence[Scalar], weights: Sequence[Scalar]
+    ) -> tuple[jax.Array, Scalar]:
+        places = []
+        for named in there:
+            places.append(self.of(used))
+            pl.when(named)(functools.partial(plgpu.barrier_wait, self.full.at[places[-1]]))
+            used += named.astype(jnp.int32)
+        for j, (named, place) in enumerate(zip(there, places, strict=True)):
+
+            def more(total: jax.Array, j: int = j, place: Scalar = place) -> jax.Array:
+                row = plgpu.load(self.ring.at[place], layout=self.layout, optimized=False)
+                row = row.astype(jnp.float32)
+                return total + (row * weights[j] if weights else row)
+
+            total = lax.cond(named, more, lambda total: total, total)
+        plgpu.commit_smem()  # the rows have been read, says this to copies that overwrite them
+        for named, place in zip(there, places, strict=True):
+            pl.when(named)(functools.partial(plgpu.barrier_arrive, self.empty.at[place]))
+        return total, used
 
     def zeros(self) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(self.ring.shape[1:], jnp.float32), self.layout)
@@ -300,15 +323,8 @@ def _add(
     sums: Sum, stages: Stages, out: Any, used: Scalar, token: Scalar, piece: Scalar,
     choices: Sequence[Scalar], weights: Sequence[Scalar],
 ) -> Scalar:  # fmt: skip
-    columns, total = stages.ring.shape[1], stages.zeros()
-    for j, choice in enumerate(choices):
-
-        def more(total: jax.Array, used: Scalar = used, j: int = j) -> jax.Array:
-            row = stages.take(used)
-            return total + (row * weights[j] if weights else row)
-
-        total = lax.cond(sums.there(choice), more, lambda total: total, total)
-        used += sums.there(choice).astype(jnp.int32)
+    columns, there = stages.ring.shape[1], [sums.there(choice) for choice in choices]
+    total, used = stages.add_up(used, there, weights)
     out.at[token, pl.ds(piece * columns, columns)][...] = total.astype(out.dtype)
     return used
 

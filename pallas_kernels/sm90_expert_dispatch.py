@@ -23,26 +23,34 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.sm90_peers import Ranks
+from pallas_kernels.sm90_traffic import Traffic, alone
 
 SCALE_STEP = 4  # scales in the 16 bytes that bulk copies move
 CTAS = 64
+AHEAD = 2  # steps: reading slots takes longer than moving a short row
+MOST_BARRIERS = 32  # that an array of them holds
 INSIDE = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # a bulk copy; else a tensor map, of one device
 Refs = types.SimpleNamespace
 Scalar = Any
 
 
 class Ring(NamedTuple):
-    """Shared memory of a CTA's rows in bytes, and how many rows at most."""
+    """Shared memory of a CTA's rows in bytes, and how many rows at most.
+
+    `walkers`: warpgroups that have as many rows each, of tokens of their own. One thread of each
+    starts all copies, and of short rows it does not start as many as an SM moves.
+    """
 
     bytes: int = 192 << 10
     stages: int = 12
+    walkers: int = 3
 
     def fitting(self, row: int) -> int:
-        """Stages for rows of so many bytes, 2 at least."""
-        return max(2, min(self.stages, self.bytes // row))
+        """Stages of a walker for rows of so many bytes, 2 at least."""
+        most = min(self.stages, MOST_BARRIERS // self.walkers)
+        return max(2, min(most, self.bytes // (row * self.walkers)))
 
 
 RING = Ring()
@@ -80,28 +88,37 @@ def _pull(
     name: str, x: jax.Array, scale: jax.Array | None, slots: jax.Array, tokens: jax.Array,
     count: jax.Array, rows: int, peers: Ranks, ctas: int, ring: Ring, interpret: Any,
 ) -> list[jax.Array]:  # fmt: skip
-    width, stages = x.shape[-1], ring.fitting(x.shape[-1] * x.dtype.itemsize)
+    moved = traffic(name, x, scale, slots, tokens, count, rows, peers, ctas, ring)
+    return alone(moved, interpret)
+
+
+def traffic(
+    name: str, x: jax.Array, scale: jax.Array | None, slots: jax.Array, tokens: jax.Array,
+    count: jax.Array, rows: int, peers: Ranks, ctas: int, ring: Ring = RING,
+) -> Traffic:  # fmt: skip
+    """`dispatch`, or `dispatch_quantized` with columns of scales up to a multiple of 4."""
+    width, walkers = x.shape[-1], ring.walkers
+    stages = ring.fitting(x.shape[-1] * x.dtype.itemsize)
     operands = dict(x=x, slots=slots, tokens=tokens, count=count)
     out = dict(out=jax.ShapeDtypeStruct((*peers.stacked, rows, width), x.dtype))
-    scratch = dict(x_s=plgpu.SMEM((stages, width), x.dtype))
+    memory = dict(x_s=plgpu.SMEM((walkers, stages, width), x.dtype))
     if scale is not None:
         scale = operands["scale"] = _padded(scale)
         shape = (*peers.stacked, rows, scale.shape[-1])
         out["scale_out"] = jax.ShapeDtypeStruct(shape, scale.dtype)
-        scratch["scale_s"] = plgpu.SMEM((stages, scale.shape[-1]), scale.dtype)
+        memory["scale_s"] = plgpu.SMEM((walkers, stages, scale.shape[-1]), scale.dtype)
 
-    def kernel(*refs: Any, done: Any = None, **memory: Any) -> None:
+    def run(peers: Ranks, refs: Sequence[Any], *, done: Any = None, **memory: Any) -> None:
         named = dict(zip((*operands, *out), refs, strict=True))
-        _walk(Refs(**named, **memory), peers)
-        peers.finish(done)
+        walker = lax.axis_index("wg") if walkers > 1 else 0
+        _walk(Refs(**named, **memory), peers, walker)
+        peers.finish(done, walkers)
 
-    full = plgpu.Barrier(num_arrivals=1 + (scale is not None), num_barriers=stages)
-    launch = plgpu.kernel(
-        kernel, out_type=list(out.values()), **peers.grid(min(ctas, slots.shape[-2])),
-        scratch_types=dict(**scratch, full=full, **peers.semaphores()), kernel_name=name,
-        interpret=interpret, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    full = plgpu.Barrier(num_arrivals=1 + (scale is not None), num_barriers=walkers * stages)
+    return Traffic(
+        name, peers, min(ctas, slots.shape[-2]), list(operands.values()), list(out.values()),
+        memory, dict(full=full, **peers.semaphores()), run, threads=walkers,
     )  # fmt: skip
-    return unfused(launch)(*operands.values())
 
 
 def _padded(scale: jax.Array) -> jax.Array:
@@ -110,13 +127,13 @@ def _padded(scale: jax.Array) -> jax.Array:
     return jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, more)]) if more else scale
 
 
-def _walk(refs: Refs, peers: Ranks) -> None:
-    """Fetches this CTA's share of the tokens, half a ring ahead of what it stores."""
+def _walk(refs: Refs, peers: Ranks, walker: Scalar) -> None:
+    """Fetches this walker's share of the tokens, half a ring ahead of what it stores."""
     slots, tokens = peers.own(refs.slots), peers.own(refs.tokens)
     total, choices = slots.shape
-    stages = refs.x_s.shape[0]
+    walkers, stages, _ = refs.x_s.shape
     ahead = stages // 2
-    first, own = _share(lax.clamp(0, peers.own(refs.count)[0], total))
+    first, own = _share(peers, walker, walkers, lax.clamp(0, peers.own(refs.count)[0], total))
 
     def token(i: Scalar) -> Scalar:
         listed = tokens[lax.min(first + i, jnp.int32(total - 1))]
@@ -125,49 +142,66 @@ def _walk(refs: Refs, peers: Ranks) -> None:
     def targets(token: Scalar) -> tuple[Scalar, ...]:
         return tuple(slots[token, j] for j in range(choices))
 
+    def place(i: Scalar) -> Place:
+        stage = lax.rem(i, jnp.int32(stages))
+        scale = refs.scale_s.at[walker, stage] if hasattr(refs, "scale_s") else None
+        return Place(refs.x_s.at[walker, stage], scale, refs.full.at[walker * stages + stage])
+
     def fetch(i: Scalar, token: Scalar) -> None:
-        start = functools.partial(_fetch, refs, peers, lax.rem(i, jnp.int32(stages)), token)
+        start = functools.partial(_fetch, refs, peers, place(i), token)
         pl.when(i < own)(start)
 
     def step(i: Scalar, carry: Any) -> Any:
-        found, upcoming, distant = carry  # slots of token i, token i + 1, token i + ahead
-        stage = lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(refs.full.at[stage])
-        _store(refs, peers, stage, found)
+        # Slots of tokens i, i + 1 and so on, the tokens behind these, those to fetch now and later.
+        [now, *slots_ahead], [upcoming, *tokens_ahead], [distant, *fetch_ahead] = carry
+        plgpu.barrier_wait(place(i).full)
+        _store(refs, peers, place(i), now)
         plgpu.wait_smem_to_gmem(stages - ahead, wait_read_only=True)
         fetch(i + ahead, distant)
-        return lax.optimization_barrier((targets(upcoming), token(i + 2), token(i + 1 + ahead)))
+        asked = targets(upcoming), token(i + 2 * AHEAD), token(i + AHEAD + ahead)
+        found, one, other = lax.optimization_barrier(asked)
+        return [*slots_ahead, found], [*tokens_ahead, one], [*fetch_ahead, other]
+
+    def tokens_from(first: int) -> list[Scalar]:
+        return [token(jnp.int32(first + n)) for n in range(AHEAD)]
 
     for i in range(ahead):
         fetch(jnp.int32(i), token(jnp.int32(i)))
-    start = targets(token(jnp.int32(0))), token(jnp.int32(1)), token(jnp.int32(ahead))
+    start = [targets(found) for found in tokens_from(0)], tokens_from(AHEAD), tokens_from(ahead)
     lax.fori_loop(jnp.int32(0), own, step, start)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _share(total: Scalar) -> tuple[Scalar, Scalar]:
-    """The first of this CTA's share of `total`, and how many it has."""
-    cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    each, over = lax.div(total, ctas), lax.rem(total, ctas)
-    return cta * each + lax.min(cta, over), each + (cta < over).astype(jnp.int32)
+class Place(NamedTuple):
+    """A stage of the ring, and what tells that it is full."""
+
+    row: Any
+    scale: Any
+    full: Any
 
 
-def _fetch(refs: Refs, peers: Ranks, stage: Scalar, token: Scalar) -> None:
+def _share(peers: Ranks, walker: Scalar, walkers: int, total: Scalar) -> tuple[Scalar, Scalar]:
+    """The first of this walker's share of `total`, and how many it has."""
+    number, parts = peers.cta() * walkers + walker, jnp.int32(peers.ctas() * walkers)
+    each, over = lax.div(total, parts), lax.rem(total, parts)
+    return number * each + lax.min(number, over), each + (number < over).astype(jnp.int32)
+
+
+def _fetch(refs: Refs, peers: Ranks, place: Place, token: Scalar) -> None:
     height = jnp.int32(peers.own(refs.x).shape[0])
     rank, row = lax.div(token, height), lax.rem(token, height)
-    full = refs.full.at[stage]
-    copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=INSIDE)
-    copy(peers.of(refs.x, rank).at[row], refs.x_s.at[stage], full)
-    if hasattr(refs, "scale"):
-        copy(peers.of(refs.scale, rank).at[row], refs.scale_s.at[stage], full)
+    copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=place.full, oob_mode=INSIDE)
+    copy(peers.of(refs.x, rank).at[row], place.row)
+    if place.scale is not None:
+        copy(peers.of(refs.scale, rank).at[row], place.scale)
 
 
-def _store(refs: Refs, peers: Ranks, stage: Scalar, slots: Sequence[Scalar]) -> None:
+def _store(refs: Refs, peers: Ranks, place: Place, slots: Sequence[Scalar]) -> None:
     out = peers.own(refs.out)
     named = [(slot >= 0) & (slot < out.shape[0]) for slot in slots]
-    pairs = [(refs.x_s.at[stage], out)]
-    if hasattr(refs, "scale"):
-        pairs.append((refs.scale_s.at[stage], peers.own(refs.scale_out)))
+    pairs = [(place.row, out)]
+    if place.scale is not None:
+        pairs.append((place.scale, peers.own(refs.scale_out)))
     for slot, inside in zip(slots, named, strict=True):
         pl.when(inside)(functools.partial(_store_all, pairs, slot))
     # An empty group is complete at once and would be counted in place of an older one.

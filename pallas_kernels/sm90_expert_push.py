@@ -11,11 +11,11 @@ adds them up and leaves the sum in one of `SENDERS` buffers; a warp for each of 
 ranks have sent here. Tokens are taken in chunks, those of all ranks in turn, the next rank's first,
 so that at any time all links carry as much.
 
-No row is torn: a sender has one store on its way and waits until that is complete, written and not
-just read, before it gives its buffer back: no group of stores is empty, none is counted. At the end
-of a chunk each sender adds 1 to the chunk's counter on the tokens' rank, a release after stores
-that are complete. R * SENDERS of them, from senders with nothing to send too, say that all of the
-chunk has arrived; so nothing is on its way to a rank whose kernel has ended.
+No row is torn: a sender gives its buffer back when its last store has read it; no group of stores
+is empty, none is counted. At the end of a chunk each sender waits until its stores are complete,
+written and not just read, and adds 1 to the chunk's counter on the tokens' rank, a release.
+R * SENDERS of them, from senders with nothing to send too, say that all of the chunk has arrived;
+so nothing is on its way to a rank whose kernel has ended.
 
 No rank waits for good: senders wait for their own CTA's sums and for the hardware, never for a
 counter, so all counters fill up once all CTAs run. For that they must run at once: no more CTAs
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,14 +40,23 @@ from jax.extend import backend
 
 from pallas_kernels import device
 from pallas_kernels.checks import ceil_div
-from pallas_kernels.in_place import unfused
 from pallas_kernels.lowered_once import lowered_once
-from pallas_kernels.sm90_expert_combine import ONE_AN_SM, Local, Ring, Stages, clamped, columns_of
+from pallas_kernels.sm90_expert_combine import (
+    INSIDE,
+    ONE_AN_SM,
+    Local,
+    Ring,
+    Stages,
+    clamped,
+    columns_of,
+)
 from pallas_kernels.sm90_peers import Ranks, count_up
+from pallas_kernels.sm90_traffic import Traffic, alone
 
 SENDERS = 3  # warps beside the one that fetches, each with a row on its way
 CTAS, SMS = 96, 132  # NCCL takes 32 CTAs at most
 CHUNK = 8
+BULK = 4  # words: 16 bytes
 Scalar = Any
 Visit = Callable[..., Any]
 
@@ -64,24 +73,40 @@ def combine_push(
     time. Raises ValueError unless they all run at once. Interpreted, sending and adding up are two
     kernels.
     """
+    moved = traffic(y, slots, weights, ranks, peers, _resident(ctas, peers), chunk, ring)
+    if interpret is None:
+        return alone(moved)[1]
+    *given, ranks = moved.operands
+    plan = Plan.of(peers, ranks.shape[-2], y.shape[-1], chunk)
+
+    def part(function: Callable[..., None], operands: Any, out: Any, **memory: Any) -> Any:
+        sent = functools.partial(function, plan)
+        half = moved._replace(operands=operands, out=[out], counters=(), **memory)
+        return alone(half._replace(run=lambda _, refs, **at: sent(*refs, **at)), interpret)[0]
+
+    sent = part(send_sums, given, moved.out[0])
+    return part(add_up, [ranks, sent], moved.out[1], threads=1, memory={}, barriers={})
+
+
+def traffic(
+    y: jax.Array, slots: jax.Array, weights: jax.Array | None, ranks: jax.Array, peers: Ranks,
+    ctas: int, chunk: int = CHUNK, ring: Ring = ONE_AN_SM,
+) -> Traffic:  # fmt: skip
+    """`combine_push`; what it gives comes second."""
     width = y.shape[-1]
     plan = Plan.of(peers, ranks.shape[-2], width, chunk)
     rows = jax.ShapeDtypeStruct((*peers.stacked, plan.tokens, width), y.dtype)
     staging = rows.update(shape=(*peers.stacked, peers.count, plan.tokens, width))
-    given, ranks = [y, slots] if weights is None else [y, slots, weights], ranks.astype(jnp.int32)
-    common = dict(
-        **peers.grid(_resident(ctas, peers)), thread_name="wg", kernel_name="combine_push",
-        interpret=interpret, compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    given = operands(plan, y, slots, weights)
+
+    def run(peers: Ranks, refs: Sequence[Any], **memory: Any) -> None:
+        _push(plan._replace(peers=peers), *refs, **memory)
+
+    return Traffic(
+        "combine_push", peers, ctas, [*given, ranks.astype(jnp.int32)], [staging, rows],
+        *scratch(plan, y.dtype, ring, slots.shape[-1], weights is not None), run, threads=3,
+        counters=(("arrived", (*peers.stacked, plan.chunks)),),
     )  # fmt: skip
-    sending = dict(num_threads=3, scratch_types=scratch(plan, y.dtype, ring), **common)
-
-    def kernel(function: Callable[..., None], out: Any, options: Any) -> Any:
-        return unfused(plgpu.kernel(functools.partial(function, plan), out_type=out, **options))
-
-    if interpret is None:
-        return kernel(_push, [staging, rows], sending)(*given, ranks)[1]
-    sent = kernel(send_sums, staging, sending)(*given)
-    return kernel(add_up, rows, dict(num_threads=1, **common))(ranks, sent)
 
 
 class Plan(NamedTuple):
@@ -114,7 +139,7 @@ class Plan(NamedTuple):
 
     def own(self) -> Scalar:
         """How many units this CTA has."""
-        cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
+        cta, ctas = self.peers.cta(), self.peers.ctas()
         return lax.div(self.peers.count * self.chunks - cta + (ctas - 1), jnp.int32(ctas))
 
     def unit(self, i: Scalar) -> tuple[Scalar, Scalar]:
@@ -122,15 +147,19 @@ class Plan(NamedTuple):
 
         All steps are under way at any time, and a CTA's own change from unit to unit.
         """
-        ctas, count = lax.axis_size("cta"), self.peers.count
-        number = lax.axis_index("cta") + i * ctas
+        ctas, count = self.peers.ctas(), self.peers.count
+        number = self.peers.cta() + i * ctas
         chunk = lax.div(number, jnp.int32(count))
         turn = lax.div(chunk * count, jnp.int32(ctas))
         return lax.rem(number + turn, jnp.int32(count)), chunk
 
-    def source(self, step: Scalar) -> Scalar:
-        """The rank whose tokens this one sums in that step."""
-        return lax.rem(self.peers.rank() + step + 1, jnp.int32(self.peers.count))
+    def source(self, me: Scalar, step: Scalar) -> Scalar:
+        """The rank whose tokens rank `me` sums in that step."""
+        return lax.rem(me + step + 1, jnp.int32(self.peers.count))
+
+    def lists(self, choices: int) -> bool:
+        """Whether a unit's choices are a piece of memory that a bulk copy takes."""
+        return self.tokens % self.chunk == 0 and self.chunk * choices % BULK == 0
 
     def length(self, chunk: Scalar) -> Scalar:
         return lax.min(jnp.int32(self.chunk), self.tokens - chunk * self.chunk)
@@ -146,13 +175,54 @@ class Outgoing(NamedTuple):
     free: Any
 
 
-def scratch(plan: Plan, dtype: Any, ring: Ring) -> dict[str, Any]:
+class Listed(NamedTuple):
+    """Choices, and weights if there are any, of this unit's tokens and the next one's.
+
+    Threads that add up would wait for their own reads of memory at every token, where they let bulk
+    copies see what they have written.
+    """
+
+    all: Any
+    """Of all tokens [R * T * k]."""
+    here: Any
+    """In shared memory [2, chunk * k], in turn."""
+    asked: Any
+
+    def ask(self, i: Scalar, first: Scalar) -> None:
+        """For unit i, whose choices begin there."""
+        place = lax.rem(i, jnp.int32(2))
+        for known, to in zip(self.all, self.here, strict=True):
+            part = known.at[pl.ds(first, to.shape[1])]
+            plgpu.copy_gmem_to_smem(part, to.at[place], self.asked.at[place], oob_mode=INSIDE)
+
+    def read(self, i: Scalar, row: Scalar, choices: int) -> list[tuple[Scalar, ...]]:
+        place = lax.rem(i, jnp.int32(2))
+        found = [tuple(ref[place, row * choices + j] for j in range(choices)) for ref in self.here]
+        return [*found, ()][:2]
+
+
+def operands(plan: Plan, y: jax.Array, slots: jax.Array, *weights: jax.Array | None) -> list[Any]:
+    """What the sending threads are given."""
+    known = [slots, *(x for x in weights if x is not None)]
+    flat = [x.reshape(*plan.peers.stacked, -1) for x in known]
+    return [y, *known, *(flat if plan.lists(slots.shape[-1]) else [])]
+
+
+def scratch(
+    plan: Plan, dtype: Any, ring: Ring, choices: int, weighted: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shared memory and barriers of the sending threads."""
     stages = max(1, ring.fitting(plan.columns * dtype.itemsize) - SENDERS)
     barriers = {name: plgpu.Barrier(num_barriers=stages) for name in ("full", "empty")}
     barriers |= {name: plgpu.Barrier(num_barriers=SENDERS) for name in ("ready", "free")}
     rows = dict(ring=stages, sums=SENDERS)
     memory = {name: plgpu.SMEM((count, plan.columns), dtype) for name, count in rows.items()}
-    return memory | barriers
+    if plan.lists(choices):
+        memory["slots"] = plgpu.SMEM((2, plan.chunk * choices), jnp.int32)
+        if weighted:
+            memory["scale"] = plgpu.SMEM((2, plan.chunk * choices), jnp.float32)
+        barriers["asked"] = plgpu.Barrier(num_arrivals=1 + weighted, num_barriers=2)
+    return memory, barriers
 
 
 def _resident(ctas: int | None, peers: Ranks) -> int:
@@ -167,17 +237,16 @@ def _resident(ctas: int | None, peers: Ranks) -> int:
 # --- kernels -----------------------------------------------------------------------------------
 
 
-def _push(plan: Plan, *refs: Any, **memory: Any) -> None:
+def _push(plan: Plan, *refs: Any, arrived: Any, **memory: Any) -> None:
     *operands, ranks, staging, out = refs
-    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((*plan.peers.stacked, plan.chunks)))
-    sums, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
+    sums, listed, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
 
     def wait(chunk: Scalar) -> None:
         counter = plan.peers.own(arrived).at[chunk]
         pl.semaphore_wait(counter, plan.parts, decrement=False)
 
     wg = lax.axis_index("wg")
-    pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, stages, outgoing))
+    pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, listed, stages, outgoing))
     pl.when(wg == 2)(functools.partial(add_up, plan, ranks, staging, out, wait))
     pl.when(wg == 1)(functools.partial(_move, plan, sums, stages, outgoing))
 
@@ -188,9 +257,9 @@ def send_sums(plan: Plan, *refs: Any, arrived: Any = None, **memory: Any) -> Non
     Three where nothing counts, interpreted: the last stands for all warps that store.
     """
     *operands, staging = refs
-    sums, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
+    sums, listed, stages, outgoing = _sending(plan, operands, staging, arrived, **memory)
     wg = lax.axis_index("wg")
-    pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, stages, outgoing))
+    pl.when(wg == 0)(functools.partial(_sum_up, plan, sums, listed, stages, outgoing))
     if arrived is not None:
         pl.when(wg == 1)(functools.partial(_move, plan, sums, stages, outgoing))
         return
@@ -200,12 +269,15 @@ def send_sums(plan: Plan, *refs: Any, arrived: Any = None, **memory: Any) -> Non
 
 def _sending(
     plan: Plan, operands: Any, staging: Any, arrived: Any, *, ring: Any, full: Any, empty: Any,
-    **memory: Any,
-) -> tuple[Local, Stages, Outgoing]:  # fmt: skip
-    y, slots, *scale = (plan.peers.own(ref) for ref in operands)
-    rows = Local(y, slots, scale[0] if scale else None, None, None)
+    slots: Any = None, scale: Any = None, asked: Any = None, **memory: Any,
+) -> tuple[Local, Listed | None, Stages, Outgoing]:  # fmt: skip
+    y, *known = (plan.peers.own(ref) for ref in operands)
+    flat = [] if asked is None else known[len(known) // 2 :]
+    known = known[: len(known) - len(flat)]
+    rows = Local(y, known[0], known[1] if known[1:] else None, None, None)
+    listed = None if asked is None else Listed(flat, [slots, scale][: len(flat)], asked)
     stages = Stages(ring, full, empty, plan.layout)
-    return rows, stages, Outgoing(staging, arrived, **memory)
+    return rows, listed, stages, Outgoing(staging, arrived, **memory)
 
 
 # --- roles -------------------------------------------------------------------------------------
@@ -224,12 +296,12 @@ def _fetch(plan: Plan, sums: Local, stages: Stages) -> None:
     """The rows of all tokens, one after the other."""
     columns = plan.columns
 
-    def visit(used: Scalar, token: Scalar, piece: Scalar, choices: Any, _: Any) -> Scalar:
+    def visit(used: Scalar, turn: Turn, choices: Any, _: Any) -> Scalar:
         for choice in choices:
 
             @pl.when(sums.there(choice))
             def _(choice: Scalar = choice, used: Scalar = used) -> None:
-                stages.fetch(used, sums.y.at[choice, pl.ds(piece * columns, columns)])
+                stages.fetch(used, sums.y.at[choice, pl.ds(turn.piece * columns, columns)])
 
             used += sums.there(choice).astype(jnp.int32)
         return used
@@ -238,65 +310,53 @@ def _fetch(plan: Plan, sums: Local, stages: Stages) -> None:
     _drain(stages.empty, stages.ring.shape[0], used)
 
 
-def _sum_up(plan: Plan, sums: Local, stages: Stages, out: Outgoing) -> None:
+def _sum_up(plan: Plan, sums: Local, listed: Listed | None, stages: Stages, out: Outgoing) -> None:
     """A token's rows in float32, in the order of choices, rounded once."""
 
-    def visit(
-        carry: Any, token: Scalar, piece: Scalar, choices: Any, weights: Any
-    ) -> tuple[Scalar, Scalar]:
-        (used, sent), total = carry, stages.zeros()
-        for j, choice in enumerate(choices):
+    def visit(used: Scalar, turn: Turn, choices: Any, weights: Any) -> Scalar:
+        total, used = stages.add_up(used, [sums.there(choice) for choice in choices], weights)
+        pl.when(_listed(choices))(functools.partial(_hand_over, out, turn.buffer, total))
+        return used
 
-            def more(total: jax.Array, used: Scalar = used, j: int = j) -> jax.Array:
-                row = stages.take(used)
-                return total + (row * weights[j] if weights else row)
-
-            total = lax.cond(sums.there(choice), more, lambda total: total, total)
-            used += sums.there(choice).astype(jnp.int32)
-        pl.when(_listed(choices))(functools.partial(_hand_over, out, sent, total))
-        return used, sent + _listed(choices).astype(jnp.int32)
-
-    _, sent = _walk(plan, sums, visit, (jnp.int32(0), jnp.int32(0)))
-    _drain(out.free, SENDERS, sent)
-
-
-def _hand_over(out: Outgoing, n: Scalar, total: jax.Array) -> None:
-    buffer = lax.rem(n, jnp.int32(SENDERS))
-
-    @pl.when(n >= SENDERS)
-    def _() -> None:
+    if listed is None:
+        _walk(plan, sums, visit, jnp.int32(0))
+    else:
+        _walk_listed(plan, sums, listed, visit, jnp.int32(0))
+    for buffer in range(SENDERS):
         plgpu.barrier_wait(out.free.at[buffer])
 
+
+def _hand_over(out: Outgoing, buffer: Scalar, total: jax.Array) -> None:
+    plgpu.barrier_wait(out.free.at[buffer])
     out.sums.at[buffer][...] = total.astype(out.sums.dtype)
     plgpu.commit_smem()
     plgpu.barrier_arrive(out.ready.at[buffer])
 
 
 def _store(plan: Plan, sums: Local, out: Outgoing, sender: Scalar | None) -> None:
-    """Every SENDERS-th sum to its token's rank; all of them where `sender` is None."""
-    columns = plan.columns
-
-    def store(n: Scalar, token: Scalar, piece: Scalar) -> None:
-        buffer = lax.rem(n, jnp.int32(SENDERS))
-        rank, row = lax.div(token, jnp.int32(plan.tokens)), lax.rem(token, jnp.int32(plan.tokens))
-        to = plan.peers.of(out.staging, rank).at[plan.peers.rank(), row]
-        plgpu.barrier_wait(out.ready.at[buffer])
-        plgpu.copy_smem_to_gmem(out.sums.at[buffer], to.at[pl.ds(piece * columns, columns)])
-        plgpu.wait_smem_to_gmem(0)
+    """The sums in one of the buffers to their tokens' ranks; in all where `sender` is None."""
+    columns, me = plan.columns, plan.peers.rank()
+    for buffer in range(SENDERS) if sender is None else [sender]:
         plgpu.barrier_arrive(out.free.at[buffer])
 
-    def visit(sent: Scalar, token: Scalar, piece: Scalar, choices: Any, _: Any) -> Scalar:
-        mine = _listed(choices)
-        if sender is not None:
-            mine &= lax.rem(sent, jnp.int32(SENDERS)) == sender
-        pl.when(mine)(functools.partial(store, sent, token, piece))
-        return sent + _listed(choices).astype(jnp.int32)
+    def store(turn: Turn) -> None:
+        to = plan.peers.of(out.staging, turn.rank).at[me, turn.row]
+        plgpu.barrier_wait(out.ready.at[turn.buffer])
+        part = pl.ds(turn.piece * columns, columns)
+        plgpu.copy_smem_to_gmem(out.sums.at[turn.buffer], to.at[part])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(out.free.at[turn.buffer])
+
+    def visit(carry: Scalar, turn: Turn, choices: Any, _: Any) -> Scalar:
+        pl.when(_listed(choices))(functools.partial(store, turn))
+        return carry
 
     def leave(rank: Scalar, chunk: Scalar) -> None:
+        plgpu.wait_smem_to_gmem(0)
         if out.arrived is not None:
             count_up(plan.peers.of(out.arrived, rank).at[pl.ds(chunk, 1)])
 
-    _walk(plan, sums._replace(scale=None), visit, jnp.int32(0), leave)
+    _walk(plan, sums._replace(scale=None), visit, jnp.int32(0), leave, sender)
 
 
 def add_up(
@@ -333,37 +393,91 @@ def add_up(
 # --- steps -------------------------------------------------------------------------------------
 
 
+class Turn(NamedTuple):
+    """A token's piece, and the buffer through which its sum goes."""
+
+    rank: Scalar
+    row: Scalar
+    piece: Scalar
+    buffer: Scalar
+
+
 def _walk(
-    plan: Plan, sums: Local, visit: Visit, start: Any, leave: Visit = lambda rank, chunk: None
-) -> Any:
-    """carry = visit(carry, token, piece, choices, weights) for the tokens of this CTA's units.
+    plan: Plan, sums: Local, visit: Visit, start: Any, leave: Visit = lambda rank, chunk: None,
+    sender: Scalar | None = None,
+) -> Any:  # fmt: skip
+    """carry = visit(carry, turn, choices, weights) for the tokens of this CTA's units.
 
-    leave(rank, chunk) ends a unit. What is read of a token is asked for a step before.
+    leave(rank, chunk) ends a unit. A sender takes the turns of its buffer. What is read of a token
+    is asked for a turn before; what a unit's tokens have in common is worked out once.
     """
+    me = plan.peers.rank()  # between cards a read from memory
+    first, every = (0, 1) if sender is None else (sender, SENDERS)
 
-    def read(i: Scalar, n: Scalar) -> tuple[Scalar, Any, Any]:
+    def unit(i: Scalar) -> tuple[Scalar, Scalar]:
         step, chunk = plan.unit(i)
-        row = chunk * plan.chunk + lax.div(n, jnp.int32(plan.pieces))
-        token = plan.source(step) * plan.tokens + clamped(row, plan.tokens - 1)
-        return token, sums.choices(token), sums.weights(token)
+        return plan.source(me, step), chunk
 
-    def unit(i: Scalar, carry: Any) -> Any:
+    def read(rank: Scalar, chunk: Scalar, n: Scalar) -> tuple[Any, Any]:
+        row = clamped(chunk * plan.chunk + lax.div(n, jnp.int32(plan.pieces)), plan.tokens - 1)
+        token = rank * plan.tokens + row
+        return sums.choices(token), sums.weights(token)
+
+    def each(i: Scalar, carry: Any) -> Any:
+        carry, (rank, chunk), asked = carry
+        following, turns = unit(i + 1), plan.length(chunk) * plan.pieces
+        count = lax.div(turns - first + (every - 1), jnp.int32(every))
+
+        def one(j: Scalar, carry: Any) -> Any:
+            carry, (choices, weights) = carry
+            n = first + j * every
+            last = n + every >= turns
+            coming = read(
+                jnp.where(last, following[0], rank), jnp.where(last, following[1], chunk),
+                jnp.where(last, first, n + every),
+            )  # fmt: skip
+            piece = lax.rem(n, jnp.int32(plan.pieces))
+            row = chunk * plan.chunk + lax.div(n, jnp.int32(plan.pieces))
+            turn = Turn(rank, row, piece, lax.rem(n, jnp.int32(SENDERS)))
+            return visit(carry, turn, choices, weights), coming
+
+        carry, asked = lax.fori_loop(0, count, one, (carry, asked))
+        if sender is not None:  # a unit of fewer turns than senders
+            asked = lax.cond(count > 0, lambda: asked, lambda: read(*following, first))
+        leave(rank, chunk)
+        return carry, following, asked
+
+    begin = unit(jnp.int32(0))
+    start = start, begin, read(*begin, jnp.int32(first))
+    return lax.fori_loop(0, plan.own(), each, start)[0]
+
+
+def _walk_listed(plan: Plan, sums: Local, listed: Listed, visit: Visit, start: Any) -> None:
+    """`_walk` by choices that come to shared memory a unit ahead."""
+    me, own, choices = plan.peers.rank(), plan.own(), sums.slots.shape[1]
+
+    def ask(i: Scalar) -> None:
         step, chunk = plan.unit(i)
-        rows = plan.length(chunk) * plan.pieces
+        first = plan.source(me, step) * plan.tokens + chunk * plan.chunk
+        listed.ask(i, first * choices)
+
+    def each(i: Scalar, carry: Any) -> Any:
+        pl.when(i + 1 < own)(functools.partial(ask, i + 1))
+        plgpu.barrier_wait(listed.asked.at[lax.rem(i, jnp.int32(2))])
+        step, chunk = plan.unit(i)
+        rank = plan.source(me, step)
 
         def one(n: Scalar, carry: Any) -> Any:
-            carry, (token, choices, weights) = carry
-            last = n + 1 >= rows
-            coming = read(i + last.astype(jnp.int32), jnp.where(last, 0, n + 1))
-            piece = lax.rem(n, jnp.int32(plan.pieces))
-            return visit(carry, token, piece, choices, weights), coming
+            row, piece = (f(n, jnp.int32(plan.pieces)) for f in (lax.div, lax.rem))
+            turn = Turn(rank, chunk * plan.chunk + row, piece, lax.rem(n, jnp.int32(SENDERS)))
+            return visit(carry, turn, *listed.read(i, row, choices))
 
-        carry = lax.fori_loop(0, rows, one, carry)
-        leave(plan.source(step), chunk)
+        carry = lax.fori_loop(0, plan.chunk * plan.pieces, one, carry)
+        plgpu.commit_smem()  # all have read, says this to the next copy but one
         return carry
 
-    first = read(jnp.int32(0), jnp.int32(0))
-    return lax.fori_loop(0, plan.own(), unit, (start, first))[0]
+    pl.when(own > 0)(functools.partial(ask, jnp.int32(0)))
+    lax.fori_loop(0, own, each, start)
 
 
 def _listed(choices: Any) -> Scalar:

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_schedule
+from pallas_kernels.sm90_beside import launch_beside
 from pallas_kernels.sm90_fp8_round import BLOCK, Parts, Rounds
 from pallas_kernels.sm90_launch import Refs, launch
 from pallas_kernels.sm90_schedule import Extent, Scalar, Visit, Work
@@ -35,6 +36,7 @@ from pallas_kernels.sm90_tile import (
     store,
     swizzled,
 )
+from pallas_kernels.sm90_traffic import Traffic
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
 
@@ -50,10 +52,12 @@ class _Gemm:
     blocks: int
     scale_blocks: int  # along N; 0 where B has a scale a row
     out_dtype: Any
+    slots: int  # clusters that multiply
 
     @property
     def extent(self) -> Extent:
-        return extent(self.tile, self.n, BLOCK if self.kind == "k_grouped" else self.blocks)
+        blocks = BLOCK if self.kind == "k_grouped" else self.blocks
+        return extent(self.tile, self.n, blocks, self.slots)
 
     def walk(self, sizes: Any, visit: Visit) -> Scalar:
         if self.kind == "k_grouped":
@@ -157,21 +161,34 @@ def fp8_gemm(
     multiples of 8 (or M < 8), K of 128, the scales' rows of 16 bytes. The output is added to
     `init`, which is as large but for M and N made up to whole tiles.
     """
-    (_, rows, k), (groups, n, _) = a.shape, b.shape
-    by_block = b_scale.ndim == 3
-    gemm = _Gemm(
-        kind, tile, rows, n, k // BLOCK, b_scale.shape[1] if by_block else 0,
-        jnp.dtype(out_dtype),
-    )  # fmt: skip
-    extent = gemm.extent
-    slots = sms // tile.cluster
+    operands = dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes, init=init)
+    return launch(*_kernel(operands, kind, tile, out_dtype, sms), interpret)
+
+
+def fp8_gemm_beside(
+    traffic: Traffic, a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, *,
+    tile: Tile, out_dtype: Any, sms: int, interpret: Any = None,
+) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
+    """`fp8_gemm` of kind "dense" on `sms` SMs and, on others, what the traffic gives."""
+    operands = dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale)
+    return launch_beside(*_kernel(operands, "dense", tile, out_dtype, sms), traffic, interpret)
+
+
+def _kernel(
+    operands: dict[str, Any], kind: Kind, tile: Tile, out_dtype: Any, sms: int
+) -> tuple[_Gemm, str, dict[str, Any], jax.ShapeDtypeStruct, int]:
+    """What `launch` takes."""
+    (_, rows, k), (groups, n, _) = operands["a"].shape, operands["b"].shape
+    scale, slots = operands["b_scale"], sms // tile.cluster
+    tiles = extent(tile, n, k // BLOCK)
     if kind == "dense":
-        slots = min(slots, -(-rows // extent.rows) * extent.col_tiles * tile.splits)
-    outs = {"dense": tile.splits, "grouped": 1, "masked": groups}.get(
-        kind, 1 if sizes is None else sizes.shape[0]
-    )
-    return launch(
-        gemm, f"fp8_gemm_{kind}",
-        dict(a=a, a_scale=a_scale, b=b, b_scale=b_scale, sizes=sizes, init=init),
-        jax.ShapeDtypeStruct((outs, rows, lines_of(n, out_dtype)), out_dtype), slots, interpret,
+        slots = min(slots, -(-rows // tiles.rows) * tiles.col_tiles * tile.splits)
+    outs = {"dense": tile.splits, "grouped": 1, "masked": groups}.get(kind)
+    if outs is None:
+        outs = 1 if operands["sizes"] is None else operands["sizes"].shape[0]
+    gemm = _Gemm(
+        kind, tile, rows, n, k // BLOCK, scale.shape[1] if scale.ndim == 3 else 0,
+        jnp.dtype(out_dtype), slots,
     )  # fmt: skip
+    out = jax.ShapeDtypeStruct((outs, rows, lines_of(n, out_dtype)), out_dtype)
+    return gemm, f"fp8_gemm_{kind}", operands, out, slots

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import sm90_bf16_wgrad, sm90_tiles
 from pallas_kernels.sm90_bf16_gemm import bf16_gemm
-from pallas_kernels.sm90_fp8_gemm import BLOCK, fp8_gemm
+from pallas_kernels.sm90_fp8_gemm import BLOCK, fp8_gemm, fp8_gemm_beside
 from pallas_kernels.sm90_tiles import SMS
+from pallas_kernels.sm90_traffic import Traffic
 
 
 def _pad(x: jax.Array, **to: int) -> jax.Array:
@@ -81,6 +82,21 @@ def fp8_dense(
     return out[:m, :n]
 
 
+def fp8_dense_beside(
+    traffic: Traffic, a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array,
+    out_dtype: Any, sum_bits: int | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
+    """`fp8_dense` of more than 128 rows on the SMs that the traffic leaves, and what it gives."""
+    (m, k), n, sms = a.shape, b.shape[0], SMS - traffic.ctas
+    rows, depth = _rows(m), _up(k, BLOCK)
+    tile = replace(sm90_tiles.dense(rows, n, depth // BLOCK, sms), sum_bits=sum_bits)
+    out, moved = fp8_gemm_beside(
+        traffic, _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
+        _pad(b, cols=depth)[None], b_scale[None], tile=tile, out_dtype=out_dtype, sms=sms,
+    )  # fmt: skip
+    return out[0, :m, :n], moved
+
+
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def fp8_grouped(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array,
@@ -129,6 +145,22 @@ def fp8_wgrad(
         out_dtype=out_dtype, sms=SMS,
     )  # fmt: skip
     return out[0, :m, :n]
+
+
+def fp8_wgrad_beside(
+    traffic: Traffic, a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array,
+    out_dtype: Any, sum_bits: int | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
+    """`fp8_wgrad` on the SMs that the traffic leaves, and what it gives."""
+    (m, k), n = a.shape, b.shape[0]
+    rows, cols, depth = _rows(m), _up(n, 8), _up(k, BLOCK)
+    out, moved = fp8_gemm_beside(
+        traffic, _pad(a, rows=rows, cols=depth)[None], _row_scales(a_scale, rows),
+        _pad(b, rows=cols, cols=depth)[None], _row_scales(b_scale, cols),
+        tile=replace(sm90_tiles.BY_ROW, sum_bits=sum_bits), out_dtype=out_dtype,
+        sms=SMS - traffic.ctas,
+    )  # fmt: skip
+    return out[0, :m, :n], moved
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))

@@ -43,31 +43,46 @@ def launch(
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         named = dict(zip((*given, "out"), refs, strict=True))
-        _run(gemm, Refs(**named, **scratch, on_device=interpret is None))
+        if interpret is None:
+            take_over()
+        run(gemm, Refs(**named, **scratch, on_device=interpret is None))
 
     return plgpu.kernel(
-        kernel,
-        out_type=out,
-        scratch_types=gemm.scratch(),
+        kernel, out_type=out, scratch_types=gemm.scratch(), kernel_name=name, interpret=interpret,
+        **grid_of(tile, slots),
+    )(*given.values())  # fmt: skip
+
+
+def grid_of(tile: Tile, slots: int) -> dict[str, Any]:
+    """So many clusters, whose SMs have the tile's warpgroups and one that fetches."""
+    return dict(
         grid=(slots,),
         grid_names=("slot",),
-        cluster=tuple({"below": tile.below, "beside": tile.beside}[axis] for axis in tile.axes),
+        cluster=tuple(size for _, size in cluster_of(tile)),
         cluster_names=tile.axes,
         num_threads=tile.warpgroups + 1,
         thread_name="wg",
-        kernel_name=name,
-        interpret=interpret,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*given.values())
+    )
 
 
-def _run(gemm: Gemm, refs: Refs) -> None:
+def cluster_of(tile: Tile) -> tuple[tuple[str, int], ...]:
+    """The axes of a cluster and their sizes."""
+    return tuple((axis, {"below": tile.below, "beside": tile.beside}[axis]) for axis in tile.axes)
+
+
+def take_over() -> None:
+    """Wait for what the kernel before has written; the next may start its own set-up while this
+    one's last tiles run."""
+    plgpu.griddepcontrol_wait()
+    plgpu.griddepcontrol_launch_dependents()
+
+
+def run(gemm: Gemm, refs: Refs) -> None:
+    """What an SM of the first `slots` clusters does."""
     tile = gemm.tile
     wg = lax.axis_index("wg")
     sizes = getattr(refs, "sizes", None)
-    if refs.on_device:  # the next kernel may start its own set-up while this one's last tiles run
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
     @pl.when(wg < tile.warpgroups)
     def _() -> None:

@@ -33,7 +33,9 @@ def combine_send(
     slots int32 [R * T, k], weights float32 of that shape.
     """
     units, told = _units(plan), interpret is None
-    given = lax.optimization_barrier((y, slots, weights))  # see `in_place`
+    memory, barriers = push.scratch(units, y.dtype, ring, slots.shape[-1], True)
+    sent = push.operands(units, y, slots, weights)
+    given = lax.optimization_barrier(tuple(sent))  # see `in_place`
 
     def kernel(*refs: Any, **memory: Any) -> None:
         *operands, staging, counters, _ = refs
@@ -42,7 +44,7 @@ def combine_send(
 
     plgpu.kernel(
         kernel, **plan.peers.grid(ctas), num_threads=2 if told else 3, thread_name="wg",
-        scratch_types=push.scratch(units, y.dtype, ring), kernel_name="combine_send",
+        scratch_types=memory | barriers, kernel_name="combine_send",
         interpret=interpret, compiler_params=UNMET,
     )(*given, buffers.staging, buffers.sums_in, buffers.turns)  # fmt: skip
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,14 @@ class Ranks(Protocol):
         """`ctas` CTAs a rank, axis "cta"."""
         ...
 
+    def cta(self) -> Scalar:
+        """Which of these CTAs this is."""
+        ...
+
+    def ctas(self) -> int:
+        """How many of them there are."""
+        ...
+
     def semaphores(self) -> dict[str, Any]:
         """Scratch of the kernel: `done`, where there is anybody to wait for."""
         ...
@@ -64,13 +72,22 @@ class Ranks(Protocol):
         """Tell all ranks that this CTA's traffic is complete."""
         ...
 
-    def wait(self, done: Any) -> None:
-        """Until the same CTA of every rank has told so."""
+    def wait(self, done: Any, times: int = 1) -> None:
+        """Until the same CTA of every rank has told so that often."""
         ...
 
-    def finish(self, done: Any) -> None:
-        """Both."""
+    def finish(self, done: Any, threads: int = 1) -> None:
+        """Both, for so many warpgroups of a CTA."""
         ...
+
+
+class Slots(NamedTuple):
+    """The last clusters of a grid whose others do something else: `sm90_beside`."""
+
+    first: int
+    count: int
+    cluster: tuple[tuple[str, int], ...]
+    """Axes of a cluster and their sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +96,12 @@ class Peers:
 
     Devices are known to a kernel by their place in the mesh: jax wants it to list them in the order
     of their ids (NotImplementedError when lowering), and all of them to belong to one process.
+    `slots`: the CTAs that are meant, where they are not the whole grid.
     """
 
     axis: tuple[str, ...]
     mesh: tuple[tuple[str, int], ...]
+    slots: Slots | None = None
 
     @classmethod
     def along(cls, axis: Axis) -> Peers:
@@ -115,6 +134,19 @@ class Peers:
     def grid(self, ctas: int) -> dict[str, Any]:
         return dict(grid=(ctas,), grid_names=("cta",))
 
+    def cta(self) -> Scalar:
+        if self.slots is None:
+            return lax.axis_index("cta")
+        place = lax.axis_index("slot") - self.slots.first
+        for name, size in self.slots.cluster:
+            place = place * size + lax.axis_index(name)
+        return place
+
+    def ctas(self) -> int:
+        if self.slots is None:
+            return lax.axis_size("cta")
+        return self.slots.count * math.prod(size for _, size in self.slots.cluster)
+
     def semaphores(self) -> dict[str, Any]:
         return dict(done=plgpu.SemaphoreType.REGULAR) if self.count > 1 else {}
 
@@ -137,13 +169,13 @@ class Peers:
             place = self._place(lax.rem(me + step, jnp.int32(self.count)))
             pl.semaphore_signal(done, device_id=place, device_id_type=LOGICAL)
 
-    def wait(self, done: Any) -> None:
+    def wait(self, done: Any, times: int = 1) -> None:
         if self.count > 1:
-            pl.semaphore_wait(done, self.count - 1, decrement=False)
+            pl.semaphore_wait(done, (self.count - 1) * times, decrement=False)
 
-    def finish(self, done: Any) -> None:
+    def finish(self, done: Any, threads: int = 1) -> None:
         self.arrive(done)
-        self.wait(done)
+        self.wait(done, threads)
 
     def _place(self, rank: Scalar) -> Scalar:
         """Which device of the mesh has that rank, of those that share this one's other axes."""
@@ -175,6 +207,12 @@ class OneCard:
     def grid(self, ctas: int) -> dict[str, Any]:
         return dict(grid=(self.count, ctas), grid_names=("rank", "cta"))
 
+    def cta(self) -> Scalar:
+        return lax.axis_index("cta")
+
+    def ctas(self) -> int:
+        return lax.axis_size("cta")
+
     def semaphores(self) -> dict[str, Any]:
         return {}
 
@@ -190,7 +228,10 @@ class OneCard:
     def arrive(self, done: Any) -> None:
         """The end of a kernel is the barrier."""
 
-    wait = finish = arrive
+    def wait(self, done: Any, times: int = 1) -> None:
+        """No less."""
+
+    finish = wait
 
 
 def count_up(*counters: Any) -> None:

@@ -49,6 +49,12 @@ class Extent:
     n: int
     blocks: int  # blocks of K of one tile
     band: int
+    slots: int | None = None
+    """Clusters that walk; None: the whole grid."""
+
+    @property
+    def walkers(self) -> int:
+        return self.slots or lax.axis_size("slot")
 
     @property
     def col_tiles(self) -> int:
@@ -84,7 +90,7 @@ def dense(extent: Extent, rows: int, splits: int, visit: Visit) -> Scalar:
     row_tiles = -(-rows // extent.rows)
     tiles = row_tiles * extent.col_tiles
     share = -(-extent.blocks // splits)
-    slot, slots = lax.axis_index("slot"), lax.axis_size("slot")
+    slot, slots = lax.axis_index("slot"), extent.walkers
 
     def body(i: Scalar, step: Scalar) -> Scalar:
         tile = slot + i * slots
@@ -168,7 +174,7 @@ def _walk_groups(
     visit: Visit,
 ) -> Scalar:
     """Tiles of all groups in a row. `advance` is what a group adds to those before it."""
-    slots = lax.axis_size("slot")
+    slots = extent.walkers
 
     def group_tiles(group: Scalar, carry: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
         tile, tiles_before, before, step = carry

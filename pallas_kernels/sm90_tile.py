@@ -172,7 +172,7 @@ def out_buffers(tile: Tile, dtype: Any, ragged: bool) -> dict[str, Any]:
     return found
 
 
-def extent(tile: Tile, n: int, blocks: int) -> Extent:
+def extent(tile: Tile, n: int, blocks: int, slots: int | None = None) -> Extent:
     """What a walk over a cluster's tiles needs to know."""
     return Extent(
         rows=tile.height * tile.below,
@@ -180,6 +180,7 @@ def extent(tile: Tile, n: int, blocks: int) -> Extent:
         n=n,
         blocks=blocks,
         band=tile.band,
+        slots=slots,
     )
 
 

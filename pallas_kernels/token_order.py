@@ -9,6 +9,7 @@ sums home, each being the other's transpose (DeepEP's two calls).
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
@@ -19,6 +20,8 @@ from pallas_kernels.permute import combine_rows, spread_quantized, spread_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32
+
+    from pallas_kernels.fp8_products import Product
 
     Pair = tuple[jax.Array, jax.Array]
 
@@ -79,6 +82,20 @@ class Exchange(Protocol):
         """The sum of each token's rows, times weights if given."""
         ...
 
+    def dispatch_beside(
+        self, product: Product, q: jax.Array, scale: jax.Array, order: Order,
+        backend: Backend = "auto",
+    ) -> tuple[jax.Array, Pair]:  # fmt: skip
+        """A product that needs none of it, and `dispatch_quantized`; at the same time, maybe."""
+        ...
+
+    def combine_beside(
+        self, product: Product, rows: Float[Array, "r d"], order: Order,
+        weights_TK: Float32[Array, "T k"] | None = None, backend: Backend = "auto",
+    ) -> tuple[jax.Array, Float[Array, "T d"]]:  # fmt: skip
+        """A product that needs none of it, and `combine`; at the same time, maybe."""
+        ...
+
     def by_row(self, weights_TK: Float32[Array, "T k"], order: Order) -> Float32[Array, " r"]:
         """Of each row its choice's weight."""
         ...
@@ -88,8 +105,35 @@ class Exchange(Protocol):
         ...
 
 
+class InTurn(ABC):
+    """An exchange beside which nothing is computed."""
+
+    @abstractmethod
+    def dispatch_quantized(
+        self, q: jax.Array, scale: jax.Array, order: Order, backend: Backend = "auto"
+    ) -> Pair: ...
+
+    @abstractmethod
+    def combine(
+        self, rows: jax.Array, order: Order, weights_TK: jax.Array | None = None,
+        backend: Backend = "auto",
+    ) -> jax.Array: ...  # fmt: skip
+
+    def dispatch_beside(
+        self, product: Product, q: jax.Array, scale: jax.Array, order: Order,
+        backend: Backend = "auto",
+    ) -> tuple[jax.Array, Pair]:  # fmt: skip
+        return product.alone(backend), self.dispatch_quantized(q, scale, order, backend)
+
+    def combine_beside(
+        self, product: Product, rows: jax.Array, order: Order,
+        weights_TK: jax.Array | None = None, backend: Backend = "auto",
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        return product.alone(backend), self.combine(rows, order, weights_TK, backend)
+
+
 @dataclasses.dataclass(frozen=True)
-class Here:
+class Here(InTurn):
     """All experts and all tokens on one device."""
 
     def order(self, experts_TK: jax.Array, experts: int) -> Order:

@@ -110,15 +110,18 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     exchange: Exchange = HERE,
+    shared: Mlp | None = None,
 ) -> Float[Array, "T d"]:
     """Tokens to their experts, two grouped matmuls over the rows of each, weighted sums back.
 
-    gate_up and down are the experts of this device, experts_TK count those of all. The routing
+    gate_up and down are the experts of this device, experts_TK count those of all. What `shared`
+    makes of all tokens is added, in FP8 while they are on their way. The routing
     weights meet the experts' inner activations, a factor a row either side of the second matmul, so
     that their gradient does not need its results.
     """
     if isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight):
-        return fp8_experts(x_TD, experts_TK, weights_TK, gate_up, down, exchange=exchange)
+        both = None if shared is None else (shared.gate_up[...], shared.down[...])
+        return fp8_experts(x_TD, experts_TK, weights_TK, gate_up, down, both, exchange=exchange)
     gate_up, down = plain(gate_up, x_TD.dtype), plain(down, x_TD.dtype)
     with jax.named_scope("dispatch"):
         order = kept(exchange.order(experts_TK, gate_up.shape[0]))
@@ -129,7 +132,11 @@ def routed_experts(
         hidden = swiglu(inner, weights)
         results = grouped_gemm(hidden, down, order.sizes)
     with jax.named_scope("combine"):
-        return _combine(exchange, results, order)
+        routed = _combine(exchange, results, order)
+    if shared is None:
+        return routed
+    with jax.named_scope("shared_experts"):
+        return routed + shared(x_TD)
 
 
 class Mlp(nnx.Module):
@@ -177,9 +184,5 @@ class Moe(nnx.Module):
         experts = self.experts.gate_up[...], self.experts.down[...]
         chosen, replicas = routing.experts_TK, self.experts.replicas
         chosen = chosen if replicas is None else replicas(chosen)
-        routed = routed_experts(x_TD, chosen, routing.weights_TK, *experts, exchange)
-        out = routed.reshape(x.shape)
-        if self.shared is not None:
-            with jax.named_scope("shared_experts"):
-                out = out + self.shared(x)
-        return out, router_stats(routing, x.shape[0])
+        out = routed_experts(x_TD, chosen, routing.weights_TK, *experts, exchange, self.shared)
+        return out.reshape(x.shape), router_stats(routing, x.shape[0])

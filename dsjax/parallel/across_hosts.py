@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.parallel.exchange import Spread, Transport, dispatch_in_fp8
+from pallas_kernels.token_order import InTurn
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -30,7 +31,7 @@ class HostRoute(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AcrossHosts:
+class AcrossHosts(InTurn):
     """An exchange over hosts by `transport`, and on each of them by `inner`."""
 
     axis: str

@@ -9,7 +9,7 @@ Rows lie sorted by the experts of a device, within one by rank and token.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.expert_layout import ExpertLayout, place
 from pallas_kernels.quantize import dequantize, quantize_tiles
-from pallas_kernels.token_order import Exchange, Order
+from pallas_kernels.token_order import Exchange, InTurn, Order
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -53,7 +53,7 @@ class Route(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spread(ABC):
+class Spread(InTurn):
     """An exchange over an axis whose devices have equally many experts each."""
 
     axis: str
@@ -103,13 +103,25 @@ class Spread(ABC):
         self, rows: Float[Array, "r d"], order: Order,
         weights_TK: Float[Array, "T k"] | None = None, backend: Backend = "auto",
     ) -> Float[Array, "T d"]:  # fmt: skip
-        weights, overflow = None, order.route.overflow
-        if weights_TK is not None:
-            weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True)
-            # So that no word of an overflow is still under way where devices wait for sums.
-            weights = weights if overflow is None else jnp.where(overflow, jnp.nan, weights)
-        out = self._sums(rows, order, weights, backend)
-        return out if overflow is None else jnp.where(overflow, jnp.nan, out)
+        return self._told(
+            self._sums(rows, order, self._gathered(weights_TK, order), backend), order
+        )
+
+    def _gathered(self, weights_TK: jax.Array | None, order: Order) -> jax.Array | None:
+        """All devices' weights, if there are any."""
+        if weights_TK is None:
+            return None
+        weights, overflow = (
+            jax.lax.all_gather(weights_TK, self.axis, tiled=True),
+            order.route.overflow,
+        )
+        # So that no word of an overflow is still under way where devices wait for sums.
+        return weights if overflow is None else jnp.where(overflow, jnp.nan, weights)
+
+    def _told(self, sums: jax.Array, order: Order) -> jax.Array:
+        """Sums, or NaN where rows did not find room."""
+        overflow = order.route.overflow
+        return sums if overflow is None else jnp.where(overflow, jnp.nan, sums)
 
     def by_row(self, weights_TK: Float[Array, "T k"], order: Order) -> Float[Array, " r"]:
         weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True).reshape(-1)

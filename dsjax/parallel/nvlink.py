@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 
 from dsjax.parallel.exchange import Spread
 from pallas_kernels import expert_exchange as kernels
+from pallas_kernels import expert_overlap
 from pallas_kernels.device import is_hopper
 from pallas_kernels.expert_layout import expert_layout
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Int32
 
+    from pallas_kernels.fp8_products import Product
     from pallas_kernels.gemm_backend import Backend
     from pallas_kernels.token_order import Order
 
@@ -52,6 +54,25 @@ class NvLink(Spread):
             q, scale, *self._way(order), axis=self.axis, rows=len(order.choices), backend=backend
         )
 
+    def dispatch_beside(
+        self, product: Product, q: jax.Array, scale: jax.Array, order: Order,
+        backend: Backend = "auto",
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
+        return expert_overlap.dispatch_beside(
+            product, q, scale, *self._way(order), axis=self.axis, rows=len(order.choices),
+            backend=backend,
+        )  # fmt: skip
+
+    def combine_beside(
+        self, product: Product, rows: jax.Array, order: Order,
+        weights_TK: jax.Array | None = None, backend: Backend = "auto",
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        known = self._known(order, self._gathered(weights_TK, order))
+        result, sums = expert_overlap.combine_beside(
+            product, rows, *known, axis=self.axis, backend=backend
+        )
+        return result, self._told(sums, order)
+
     def _rows(self, x: jax.Array, order: Order, backend: Backend) -> jax.Array:
         return kernels.dispatch_rows(
             x, *self._way(order), axis=self.axis, rows=len(order.choices), backend=backend
@@ -60,9 +81,13 @@ class NvLink(Spread):
     def _sums(
         self, rows: jax.Array, order: Order, weights_SK: jax.Array | None, backend: Backend
     ) -> jax.Array:
-        way: Way = order.route.way
-        known = order.slots, weights_SK, way.tokens, way.count, way.to
+        known = self._known(order, weights_SK)
         return kernels.combine_rows(rows, *known, axis=self.axis, backend=backend)
+
+    def _known(self, order: Order, weights_SK: jax.Array | None) -> tuple:
+        """What sums need besides rows."""
+        way: Way = order.route.way
+        return order.slots, weights_SK, way.tokens, way.count, way.to
 
     def _way(self, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
         return order.slots, order.route.way.tokens, order.route.way.count

@@ -18,15 +18,17 @@ ORDER = "sort, gather, scatter"
 REDUCTION = "reductions"
 COPY = "copies and slices"
 ELEMENTWISE = "other elementwise fusions"
-COLLECTIVE = "between devices"
+COLLECTIVE, BESIDE = "between devices", "between devices, beside a matmul"
 CONTROL = "loops and calls"
 OTHER = "other"
 KINDS = (
     ATTENTION_FORWARD, ATTENTION_BACKWARD, EXPERTS, HEAD, DENSE, MATMUL, QUANTISATION, ORDER,
-    REDUCTION, COPY, ELEMENTWISE, COLLECTIVE, CONTROL, OTHER,
+    REDUCTION, COPY, ELEMENTWISE, COLLECTIVE, BESIDE, CONTROL, OTHER,
 )  # fmt: skip
 
 _PATTERNS = (
+    (BESIDE, r"_beside_"),
+    (COLLECTIVE, r"dispatch_(rows|quantized)|combine_(push|ranks)|expert_layout"),
     (ATTENTION_BACKWARD, r"mla_backward|bprop|(flash|fmha|sdpa)\w*bwd"),
     (ATTENTION_FORWARD, r"mla_forward|fprop|(flash|fmha|sdpa)\w*fwd"),
     (HEAD, r"gemm_softmax|cross_entropy"),

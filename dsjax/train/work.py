@@ -10,6 +10,7 @@ from dsjax.model.sizes import training_work
 from dsjax.train.kinds import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
+    BESIDE,
     DENSE,
     EXPERTS,
     HEAD,
@@ -92,13 +93,14 @@ def by_kind(timeline: Timeline, flops: dict[str, float], peak: Peak | None) -> l
     """Times and rates by kind, in the order of KINDS.
 
     flops: of a step on one device. Those of kinds that do not occur are left to the matmuls that
-    are not told apart.
+    are not told apart; dense ones of which some run beside an exchange have no rate.
     """
     grouped: dict[str, list[Operation]] = {}
     for operation in timeline.operations:
         grouped.setdefault(operation.kind, []).append(operation)
     left = sum(count for kind, count in flops.items() if kind not in grouped)
-    flops = {**flops, MATMUL: left}
+    known = {kind: count for kind, count in flops.items() if kind != DENSE or BESIDE not in grouped}
+    flops = {**known, MATMUL: left}
     return [
         _kind_time(kind, grouped[kind], timeline.seconds, flops.get(kind), peak)
         for kind in KINDS

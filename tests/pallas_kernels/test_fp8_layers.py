@@ -173,25 +173,49 @@ def test_experts():
     assert not grads[3][1].any()
 
 
+def test_shared_experts_are_an_mlp_beside():
+    """The same bits as both layers; gradients but for the cast of dy, here of signs and exact."""
+    experts, *operands = draw_experts()
+    mlp = draw(D, 2 * F, seed=6), draw(F, D, seed=7)
+    dy = jnp.sign(draw(T, D, seed=3))
+
+    def together(weights, x, gate_up, down, *mlp):
+        shared = tuple(cast(w) for w in mlp)
+        return fp8_experts(x, experts, weights, cast(gate_up, 1), cast(down, 1), shared)
+
+    def apart(weights, x, gate_up, down, *mlp):
+        routed = fp8_experts(x, experts, weights, cast(gate_up, 1), cast(down, 1))
+        return routed + fp8_mlp(x, *(cast(w) for w in mlp))
+
+    out, grads = forward_and_back(together, (*operands, *mlp), dy)
+    expected, wanted = forward_and_back(apart, (*operands, *mlp), dy)
+    np.testing.assert_array_equal(out, expected)
+    for one, other in zip(grads, wanted, strict=True):
+        assert relative_error(one, other) <= WRITTEN_OUT
+    assert all(np.asarray(grad).any() for grad in grads)
+
+
 def test_experts_without_tokens_and_in_bfloat16():
     experts, weights, x, gate_up, down = draw_experts()
     weight = cast(gate_up, 1), cast(down, 1)
     out = fp8_experts(x.astype(jnp.bfloat16), experts, weights, *weight)
     assert out.dtype == jnp.bfloat16
     assert relative_error(out, fp8_experts(x, experts, weights, *weight)) < PLAIN["experts"]
-    assert fp8_experts(x[:0], experts[:0], weights[:0], *weight).shape == (0, D)
+    shared = cast(gate_up[0]), cast(down[0])
+    assert fp8_experts(x[:0], experts[:0], weights[:0], *weight, shared).shape == (0, D)
 
 
-@pytest.mark.parametrize("layer", ["linear", "project", "mlp", "experts"])
+@pytest.mark.parametrize("layer", ["linear", "project", "mlp", "experts", "shared"])
 def test_what_jax_checkpoint_keeps_is_what_there_was(layer):
     """It rounds what a policy keeps, and e4m3 values of 256 and more, as each tile has, to NaN."""
     experts, weights, x, gate_up, down = draw_experts()
-    routed = cast(gate_up, 1), cast(down, 1)
+    routed, both = (cast(gate_up, 1), cast(down, 1)), (cast(gate_up[0]), cast(down[0]))
     run = {
         "linear": lambda x: fp8_linear(x, gate_up[0].T),
         "project": lambda x: fp8_project(x, (cast(gate_up[0]),))[0],
         "mlp": lambda x: fp8_mlp(x, cast(gate_up[0]), cast(down[0])),
         "experts": lambda x: fp8_experts(x, experts, weights, *routed),
+        "shared": lambda x: fp8_experts(x, experts, weights, *routed, both),
     }[layer]
     policy = jax.checkpoint_policies.everything_saveable
     kept = jax.checkpoint(run, policy=policy)
@@ -260,3 +284,12 @@ def test_experts_refuse_what_does_not_fit(wrong):
     given[wrong] = given[wrong][:3] if wrong != "down" else cast(down[:, :32], 1)
     with pytest.raises(ValueError, match=r"expected"):
         fp8_experts(given["x"], given["experts"], given["weights"], cast(gate_up, 1), given["down"])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_shared_experts_refuse_what_does_not_fit(wrong):
+    experts, weights, x, gate_up, down = draw_experts()
+    shared = [cast(gate_up[0]), cast(down[0])]
+    shared[wrong] = cast(draw(32, 32))
+    with pytest.raises(ValueError, match=r"shared (gate_up|down) is .* expected"):
+        fp8_experts(x, experts, weights, cast(gate_up, 1), cast(down, 1), tuple(shared))

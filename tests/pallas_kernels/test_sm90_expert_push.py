@@ -77,7 +77,8 @@ def test_push(kind, weighted, capsys):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tokens", "chunk", "ctas"), [(3, 4, 1, 5), (2, 5, 8, 3), (4, 3, 2, 1), (1, 4, 3, 1)]
+    ("ranks", "tokens", "chunk", "ctas"),
+    [(3, 4, 1, 5), (2, 5, 8, 3), (4, 3, 2, 1), (1, 4, 3, 1), (2, 8, 4, 3)],
 )
 def test_chunks(ranks, tokens, chunk, ctas, capsys):
     """Of one token, of all, and of fewer than there are ranks."""

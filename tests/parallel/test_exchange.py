@@ -17,8 +17,10 @@ from dsjax.parallel.exchange import SpreadBy
 from dsjax.parallel.nvlink import NvLink
 from dsjax.parallel.transports import Ragged
 from pallas_kernels import quantize_weight
+from pallas_kernels.fp8_experts import fp8_experts
 from pallas_kernels.fp8_gauge import new_gauge
 from pallas_kernels.fp8_weight import Fp8Weight
+from pallas_kernels.token_order import HERE
 from tests.tiny import CONFIG
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
@@ -178,6 +180,24 @@ def test_fp8_experts_are_those_of_one_device():
     assert_equal_layers(found, exact, 2e-6)
     for one, other in zip(found[3:], expected[3:], strict=True):
         assert np.linalg.norm(one - other) < 0.06 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("exchange", [NvLink("expert", 4), None])
+def test_shared_experts_beside_an_exchange(exchange):
+    """As on one device: by the doors that compute them meanwhile, and in turn."""
+    operands, generator = draw("random", d=128, f=64), np.random.default_rng(1)
+    mlp = [0.3 * generator.standard_normal(shape, np.float32) for shape in ((128, 256), (128, 128))]
+
+    def layer(x, chosen, weights, gate_up, down, exchange=HERE):
+        cast = [Fp8Weight(w, new_gauge(), *quantize_weight(w, 1, 1)) for w in (gate_up, down)]
+        shared = tuple(Fp8Weight(w, new_gauge(), *quantize_weight(w, 0, 1)) for w in mlp)
+        return fp8_experts(x, chosen, weights, *cast, shared, exchange=exchange)
+
+    mesh = build_mesh(MESHES["4"])
+    exchange = exchange or choose_exchange(Exchange(), mesh)
+    found = spread(mesh, exchange, layer)(*operands)
+    expected = jax.jit(with_gradients(layer))(*operands)
+    assert_equal_layers(found[:3] + expected[3:], expected, 2e-6)
 
 
 def test_enough_room_changes_nothing_and_too_little_is_seen():
