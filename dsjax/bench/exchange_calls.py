@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from dsjax.bench import exchange_low_latency as low_latency
+from dsjax.bench import exchange_overlap as overlap
 from dsjax.bench.exchange_loops import AXIS
 from dsjax.bench.exchange_operands import ROOM, Layouts, Operands, route
 from dsjax.bench.exchange_shapes import Kind, Shape
@@ -120,7 +121,7 @@ TIMED: dict[Any, Timed] = {
         ("fp8",),
     ),
     "dispatch_fp8_with_layout": Timed(
-        _with_layout, ("q", "scale", "chosen"), 
+        _with_layout, ("q", "scale", "chosen"),
         ("used", "used", "all", "all", "all"), True, "loads", ("fp8",),
     ),
     "dispatch_bf16": Timed(_dispatch_bf16, ("x", *WAY), ("used",), True, "loads", ("bf16",)),
@@ -128,6 +129,22 @@ TIMED: dict[Any, Timed] = {
     "combine": Timed(_combine, ("partial", "to"), ("all",), False, "loads", ("bf16",)),
     "combine_rows": Timed(
         _combine_rows, ("rows", "to", *SUMMED), ("all",), False, "stores", ("bf16",)
+    ),
+    "dispatch_and_product": Timed(
+        overlap.dispatch_and_product, (*overlap.WEIGHT, *WAY), ("used", "used", "all"), False,
+        "loads", ("fp8",),
+    ),
+    "dispatch_beside_product": Timed(
+        overlap.dispatch_beside_product, (*overlap.WEIGHT, *WAY), ("used", "used", "all"), False,
+        "loads", ("fp8",),
+    ),
+    "combine_and_product": Timed(
+        overlap.combine_and_product, (*overlap.WEIGHT, "rows", "to", *SUMMED), ("all", "all"),
+        False, "stores", ("bf16",),
+    ),
+    "combine_beside_product": Timed(
+        overlap.combine_beside_product, (*overlap.WEIGHT, "rows", "to", *SUMMED), ("all", "all"),
+        False, "stores", ("bf16",),
     ),
     "low_latency_dispatch": Timed(
         low_latency.dispatch, OWN, (*RECEIVED, "all"), True, "stores", ("fp8",),

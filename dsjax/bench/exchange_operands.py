@@ -19,7 +19,7 @@ from jax import lax
 from dsjax.bench.exchange_loops import AXIS, Cards
 from dsjax.bench.exchange_shapes import Kind, LinkShape, Shape
 from dsjax.bench.shapes import Work
-from pallas_kernels.quantize import quantize_tiles
+from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.token_order import Exchange, Order
 
 ROOM = 2.0
@@ -53,6 +53,9 @@ class Operands(NamedTuple):
     """[r, d] results of experts."""
     partial: jax.Array
     """[S, d] sums of a device."""
+    w: jax.Array
+    """[d, d] in e4m3, which tokens are multiplied by."""
+    w_scale: jax.Array
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,7 +83,7 @@ def overflow(order: Order) -> jax.Array:
 
 
 def _draw(shape: Shape, exchange: Exchange, device: jax.Array) -> Operands:
-    keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), device[0]), 5))
+    keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(0), device[0]), 6))
     t, d, k = shape.tokens, shape.dim, shape.top_k
     x = jax.random.normal(next(keys), (t, d), jnp.bfloat16)
     chosen = lax.top_k(jax.random.uniform(next(keys), (t, shape.experts)), k)[1].astype(jnp.int32)
@@ -93,6 +96,7 @@ def _draw(shape: Shape, exchange: Exchange, device: jax.Array) -> Operands:
         overflow(order),
         jax.random.normal(next(keys), (len(order.choices), d), jnp.bfloat16),
         jax.random.normal(next(keys), (shape.ranks * t, d), jnp.bfloat16),
+        *quantize_blocks(jax.random.normal(next(keys), (d, d), jnp.bfloat16), backend="reference"),
     )  # fmt: skip
 
 
@@ -133,5 +137,7 @@ def _round(shape: Shape, remote_rows: float) -> float:
 BYTES: dict[Any, Callable[[Shape, float], float]] = {
     "layout": _choices, "dispatch_fp8": _fp8, "dispatch_fp8_with_layout": _fp8,
     "dispatch_bf16": _bf16, "reduce": _memory, "combine": _bf16, "combine_rows": _bf16,
+    "dispatch_and_product": _fp8, "dispatch_beside_product": _fp8, "combine_and_product": _bf16,
+    "combine_beside_product": _bf16,
     "low_latency_dispatch": _fp8, "low_latency_combine": _bf16, "low_latency_round": _round,
 }  # fmt: skip

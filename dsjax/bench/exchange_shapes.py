@@ -9,17 +9,22 @@ from typing import Literal
 LinkKind = Literal["link_loads", "link_stores"]
 CallKind = Literal[
     "layout", "dispatch_fp8", "dispatch_fp8_with_layout", "dispatch_bf16", "reduce", "combine",
-    "combine_rows", "low_latency_dispatch", "low_latency_combine", "low_latency_round",
+    "combine_rows", "dispatch_and_product", "dispatch_beside_product", "combine_and_product",
+    "combine_beside_product", "low_latency_dispatch", "low_latency_combine", "low_latency_round",
 ]  # fmt: skip
 Kind = LinkKind | CallKind | Literal["soak"]
-Part = Literal["links", "layout", "dispatch", "combine", "low_latency"]
-PARTS: tuple[Part, ...] = ("links", "layout", "dispatch", "combine", "low_latency")
+Part = Literal["links", "layout", "dispatch", "combine", "overlap", "low_latency"]
+PARTS: tuple[Part, ...] = ("links", "layout", "dispatch", "combine", "overlap", "low_latency")
 KINDS: dict[Part, tuple[CallKind, ...]] = {
     "layout": ("layout",),
     "dispatch": ("dispatch_fp8", "dispatch_fp8_with_layout", "dispatch_bf16"),
     "combine": ("reduce", "combine", "combine_rows"),
+    "overlap": (
+        "dispatch_and_product", "dispatch_beside_product", "combine_and_product",
+        "combine_beside_product",
+    ),
     "low_latency": ("low_latency_dispatch", "low_latency_combine", "low_latency_round"),
-}
+}  # fmt: skip
 WITHOUT_CTAS: tuple[Kind, ...] = ("layout", "reduce")
 LOW_LATENCY = 128  # tokens of a device that decodes
 LINK_BYTES, LINK_CTAS = (7168, 14336), (32, 128)

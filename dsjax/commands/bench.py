@@ -84,9 +84,9 @@ class BenchExchangeCommand:
     """Time expert dispatch and combine between the GPUs of a host beside XLA's collectives and the
     links' ceilings."""
 
-    parts: tuple[Literal["links", "layout", "dispatch", "combine", "low_latency"], ...] = (
-        "links", "layout", "dispatch", "combine", "low_latency",
-    )  # fmt: skip
+    parts: tuple[
+        Literal["links", "layout", "dispatch", "combine", "overlap", "low_latency"], ...
+    ] = ("links", "layout", "dispatch", "combine", "overlap", "low_latency")
     tokens: int = 4096
     """Of a device; at low latency 128, or these if they are fewer. This and the sizes below are
     DeepSeek-V3's by default."""

@@ -72,6 +72,8 @@ def test_default_cases():
           for ctas in ("", " ctas 16")),
         f"reduce {big}", f"combine {big}", f"combine {big} ctas 16",
         f"combine_rows {big}", f"combine_rows {big} ctas 16",
+        *(f"{kind}_{how}_product {big}{ctas}" for kind in ("dispatch", "combine")
+          for how in ("and", "beside") for ctas in ("", " ctas 16")),
         *(f"low_latency_{kind} {low}{ctas}" for kind in ("dispatch", "combine", "round")
           for ctas in ("", " ctas 16")),
     ]  # fmt: skip
@@ -210,6 +212,8 @@ WRONG = {
     "layout": lambda slots, *others: (slots.at[0, 0].add(1), *others),
     "dispatch_fp8": lambda q, scale: (q, scale.at[:, 0].mul(2)),
     "combine": lambda sums: (sums.at[3].set(sums[2]),),
+    "dispatch_beside_product": lambda q, scale, out: (q, scale, out.at[2].set(out[1])),
+    "combine_beside_product": lambda sums, out: (sums.at[3].set(sums[2]), out),
     "low_latency_dispatch": lambda *found: (found[0], found[1].at[:, 0].mul(2), *found[2:]),
     "low_latency_combine": lambda home, counts: (home.at[2].set(home[1]), counts),
 }
@@ -278,18 +282,20 @@ def lowered(cards, call, operands, *_):
 
 
 @pytest.mark.parametrize(
-    "kind", ["dispatch_fp8_with_layout", "dispatch_bf16", "combine", "low_latency_round"]
-)
+    "kind",
+    ["dispatch_fp8_with_layout", "dispatch_bf16", "combine", "low_latency_round",
+     "dispatch_beside_product", "combine_beside_product"],
+)  # fmt: skip
 def test_timed_kernels_lower_for_cuda(kind, cards, hopper):
-    shape = Shape(8, 128, 7168, 256, 8, ctas=16)
-    rows, tokens = 8 * 128, 8 * 1024
+    shape = Shape(8, 256, 7168, 256, 8, ctas=16)
+    rows, tokens = 8 * 256, 8 * 2048
     of, d, k = jax.ShapeDtypeStruct, shape.dim, shape.top_k
     f8, i32, f32, bf16 = jnp.float8_e4m3fn, jnp.int32, jnp.float32, jnp.bfloat16
     x = Operands(
         of((rows, d), bf16), of((rows, d), f8), of((rows, 56), f32), of((rows, k), i32),
         of((tokens, k), f32), of((rows, k), f32), of((tokens, k), i32), of((tokens,), i32),
         of((8,), i32), of((rows, 8), bool), of((256,), i32), of((8,), bool),
-        of((8 * 2048, d), bf16), of((tokens, d), bf16),
+        of((8 * 2048, d), bf16), of((tokens, d), bf16), of((8 * d, d), f8), of((8 * 56, 56), f32),
     )  # fmt: skip
     call, operands, state = prepared(kind, shape, layouts, x, "mosaic_gpu")
     text = lowered(cards, lambda *given: begun(call, state, given)(*given), operands)

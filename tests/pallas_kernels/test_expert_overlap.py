@@ -102,9 +102,9 @@ def test_doors_are_both_functions(kind, exchange):
     assert_as_apart(exchange, routing, found, wanted)
 
 
-@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
-    "tile", [Tile(1, 64, 2), Tile(1, 64, 2, beside=2), Tile(2, 64, 2, below=2)]
+    ("tile", "by_row"),
+    [(Tile(1, 64, 2), True), (Tile(1, 64, 2, beside=2), False), (Tile(2, 64, 2, below=2), False)],
 )
 def test_dispatch_beside_a_gemm(tile, by_row, capsys):
     """Interpreted, with tiles of one SM and of two; fails on a race."""

@@ -182,7 +182,9 @@ def test_fp8_experts_are_those_of_one_device():
         assert np.linalg.norm(one - other) < 0.06 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("exchange", [NvLink("expert", 4), None])
+@pytest.mark.parametrize(
+    "exchange", [NvLink("expert", 4), pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_shared_experts_beside_an_exchange(exchange):
     """As on one device: by the doors that compute them meanwhile, and in turn."""
     operands, generator = draw("random", d=128, f=64), np.random.default_rng(1)
