@@ -115,7 +115,7 @@ def routed_experts(
     """Tokens to their experts, two grouped matmuls over the rows of each, weighted sums back.
 
     gate_up and down are the experts of this device, experts_TK count those of all. What `shared`
-    makes of all tokens is added, in FP8 while they are on their way. The routing
+    makes of all tokens is added; in FP8 it is computed while they are on their way. The routing
     weights meet the experts' inner activations, a factor a row either side of the second matmul, so
     that their gradient does not need its results.
     """

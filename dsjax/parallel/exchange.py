@@ -103,18 +103,15 @@ class Spread(InTurn):
         self, rows: Float[Array, "r d"], order: Order,
         weights_TK: Float[Array, "T k"] | None = None, backend: Backend = "auto",
     ) -> Float[Array, "T d"]:  # fmt: skip
-        return self._told(
-            self._sums(rows, order, self._gathered(weights_TK, order), backend), order
-        )
+        weights = self._gathered(weights_TK, order)
+        return self._told(self._sums(rows, order, weights, backend), order)
 
     def _gathered(self, weights_TK: jax.Array | None, order: Order) -> jax.Array | None:
         """All devices' weights, if there are any."""
         if weights_TK is None:
             return None
-        weights, overflow = (
-            jax.lax.all_gather(weights_TK, self.axis, tiled=True),
-            order.route.overflow,
-        )
+        weights = jax.lax.all_gather(weights_TK, self.axis, tiled=True)
+        overflow = order.route.overflow
         # So that no word of an overflow is still under way where devices wait for sums.
         return weights if overflow is None else jnp.where(overflow, jnp.nan, weights)
 
