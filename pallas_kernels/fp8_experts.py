@@ -46,12 +46,11 @@ def fp8_experts(
 ) -> Float[Array, "T d"]:
     """The sum over a token's k experts e of weight * (silu(x @ gate_e) * (x @ up_e)) @ down_e.
 
-    Plus `fp8_mlp` of x, where its weights are given: `shared` experts [D, 2S] and [S, D].
-
     gate_up holds [E, D, 2F] with the gate first, down [E, F, D]; weights are float32, x bfloat16
-    or float32, as the result. An exchange of several devices makes E those of this device alone,
-    while experts_TK count all. Differentiable in x, weights_TK and the masters. Raises ValueError
-    where shapes or dtypes do not fit.
+    or float32, as the result. `shared` experts are a gate_up [D, 2S] and a down [S, D] for all
+    tokens: `fp8_mlp` of x is added, but for the cast of its gradient the same. An exchange of
+    several devices makes E those of this device alone, while experts_TK count all. Differentiable
+    in x, weights_TK and the masters. Raises ValueError where shapes or dtypes do not fit.
     """
     checks.array("x", x, "[T, D]", *FLOATS)
     checks.array("gate_up", gate_up.q, "[E, D, 2F]", checks.E4M3)
