@@ -54,13 +54,13 @@ def drawn(tiny) -> TrainState:
 class Ran:
     """A run of a few steps on a mesh."""
 
-    def __init__(self, run: Run, drawn: TrainState):
+    def __init__(self, run: Run, drawn: TrainState, steps: int = STEPS):
         self.runtime = Runtime(run, load_corpus(run))
         state = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, like.sharding), drawn, self.runtime.abstract
         )
         self.losses = []
-        for n in range(STEPS):
+        for n in range(steps):
             state, metrics = self.runtime.step(state, self.runtime.stream.batch(n))
             self.losses.append([float(metrics[name]) for name in ("loss", "mtp_loss", "max_vio")])
         self.state = state
@@ -78,12 +78,12 @@ def alone(tiny, drawn) -> tuple[list, TrainState]:
     return run_alone(tiny, drawn)
 
 
-def run_alone(run: Run, drawn: TrainState) -> tuple[list, TrainState]:
+def run_alone(run: Run, drawn: TrainState, steps: int = STEPS) -> tuple[list, TrainState]:
     step, state = build_step(run), jax.tree.map(jnp.array, drawn)
     corpus = load_corpus(run)
     stream = TrainStream(corpus.train, run.data.seq_len, run.train, run.data_seed)
     losses = []
-    for n in range(STEPS):
+    for n in range(steps):
         state, metrics = step(state, stream.batch(n)[None], jnp.int32(1))
         losses.append([float(metrics[name]) for name in ("loss", "mtp_loss", "max_vio")])
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {1}
@@ -104,11 +104,31 @@ def in_fp8(tiny) -> Run:
 
 @pytest.mark.slow
 def test_fp8_losses_are_near_those_of_a_single_device(in_fp8):
-    """Tiles that lie along tokens are other ones on every device."""
+    """Tiles that lie along tokens are other ones on every device, so losses part from the second
+    step on and what parts them grows by chance: their means stay nearer than single ones."""
     drawn = draw_state(in_fp8)
     found = Ran(replace(in_fp8, mesh=Mesh(2, 2, expert=2, zero=1)), drawn)
     expected, _ = run_alone(in_fp8, drawn)
-    np.testing.assert_allclose(np.array(found.losses)[:, :2], np.array(expected)[:, :2], rtol=2e-3)
+    losses, wanted = np.array(found.losses)[:, :2], np.array(expected)[:, :2]
+    np.testing.assert_allclose(losses[0], wanted[0], rtol=5e-4)
+    np.testing.assert_allclose(losses, wanted, rtol=5e-3)
+    np.testing.assert_allclose(losses.mean(0), wanted.mean(0), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_fp8_gradients_are_near_those_of_a_single_device(in_fp8):
+    """Of every parameter after a step, by its first moment: within what casts to FP8 round off,
+    but for routers, whose choices that can change."""
+    drawn = draw_state(in_fp8)
+    found = Ran(replace(in_fp8, mesh=Mesh(2, 2, expert=2, zero=1)), drawn, steps=1).state
+    _, expected = run_alone(in_fp8, drawn, steps=1)
+    moments, wanted = (state.optimizer[1].mu for state in (found, expected))
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(moments), jax.tree.leaves(wanted), strict=True
+    ):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        allowed = 0.25 if "router" in jax.tree_util.keystr(path) else 0.1
+        assert np.linalg.norm(one - other) < allowed * np.linalg.norm(other), path
 
 
 @pytest.mark.slow
