@@ -12,8 +12,7 @@ from pallas_kernels.sm90_peers import Peers
 from pallas_kernels.sm90_traffic import Traffic
 
 DISPATCH_CTAS, COMBINE_CTAS = 40, 64
-"""Of 132. With fewer an exchange at training's sizes ends after its product, by the rates of either
-on one card."""
+"""Of 132: an estimate for links, which none has measured; within one card fewer are better."""
 
 
 @lowered_once

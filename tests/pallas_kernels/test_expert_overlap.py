@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sm90_expert_dispatch, sm90_expert_push, sm90_fp8_beside
 from pallas_kernels.expert_exchange import combine_rows, dispatch_quantized
-from pallas_kernels.expert_overlap import combine_beside, dispatch_beside
+from pallas_kernels.expert_overlap import MOST_CTAS, combine_beside, dispatch_beside
 from pallas_kernels.fp8_products import Product
 from pallas_kernels.sm90_fp8_gemm import fp8_gemm, fp8_gemm_beside
 from pallas_kernels.sm90_peers import ALONE, OneCard, Peers
@@ -25,7 +25,7 @@ from tests.pallas_kernels.test_expert_exchange import (
 )
 from tests.pallas_kernels.test_permute import BF16, E4M3, assert_same_bits, draw
 from tests.pallas_kernels.test_sm90_expert_exchange import fresh, gpus
-from tests.pallas_kernels.test_sm90_expert_push import powers
+from tests.pallas_kernels.test_sm90_expert_push import NCCL, powers
 
 SMALL = sm90_expert_dispatch.Ring(bytes=4096, stages=2, walkers=2)
 EXCHANGES = dispatch_quantized, combine_rows
@@ -207,8 +207,5 @@ def test_cards(kind, exchange):
 
 
 def test_most_ctas_leave_room_for_others():
-    from pallas_kernels.expert_overlap import MOST_CTAS
-
-    nccl = 32
-    assert MOST_CTAS + nccl <= sm90_expert_push.SMS
+    assert MOST_CTAS + NCCL <= sm90_expert_push.SMS
     assert max(sm90_fp8_beside.DISPATCH_CTAS, sm90_fp8_beside.COMBINE_CTAS) <= MOST_CTAS

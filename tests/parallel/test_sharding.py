@@ -111,6 +111,7 @@ def test_fp8_losses_are_near_those_of_a_single_device(in_fp8):
     expected, _ = run_alone(in_fp8, drawn)
     losses, wanted = np.array(found.losses)[:, :2], np.array(expected)[:, :2]
     np.testing.assert_allclose(losses[0], wanted[0], rtol=5e-4)
+    np.testing.assert_allclose(losses[:-1], wanted[:-1], rtol=2e-3)
     np.testing.assert_allclose(losses, wanted, rtol=5e-3)
     np.testing.assert_allclose(losses.mean(0), wanted.mean(0), rtol=1e-3)
 
