@@ -47,10 +47,11 @@ class Ring(NamedTuple):
     stages: int = 12
     walkers: int = 3
 
-    def fitting(self, row: int) -> int:
-        """Stages of a walker for rows of so many bytes, 2 at least."""
-        most = min(self.stages, MOST_BARRIERS // self.walkers)
-        return max(2, min(most, self.bytes // (row * self.walkers)))
+    def fitting(self, row: int) -> tuple[int, int]:
+        """Walkers for rows of so many bytes, and stages of each, 2 at least."""
+        walkers = max(1, min(self.walkers, self.bytes // (2 * row)))
+        most = min(self.stages, MOST_BARRIERS // walkers)
+        return walkers, max(2, min(most, self.bytes // (row * walkers)))
 
 
 RING = Ring()
@@ -97,8 +98,8 @@ def traffic(
     count: jax.Array, rows: int, peers: Ranks, ctas: int, ring: Ring = RING,
 ) -> Traffic:  # fmt: skip
     """`dispatch`, or `dispatch_quantized` with columns of scales up to a multiple of 4."""
-    width, walkers = x.shape[-1], ring.walkers
-    stages = ring.fitting(x.shape[-1] * x.dtype.itemsize)
+    width = x.shape[-1]
+    walkers, stages = ring.fitting(width * x.dtype.itemsize)
     operands = dict(x=x, slots=slots, tokens=tokens, count=count)
     out = dict(out=jax.ShapeDtypeStruct((*peers.stacked, rows, width), x.dtype))
     memory = dict(x_s=plgpu.SMEM((walkers, stages, width), x.dtype))

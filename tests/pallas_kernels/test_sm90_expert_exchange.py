@@ -17,6 +17,7 @@ from pallas_kernels.expert_exchange import (
     dispatch_rows,
     reduce_rows,
 )
+from pallas_kernels.permute import ROW_MOST
 from pallas_kernels.sm90_peers import OneCard, Peers
 from tests.pallas_kernels.test_expert_exchange import (
     AXIS,
@@ -74,6 +75,16 @@ def test_rings(stages, ctas, dtype, interpreted):
     options = dict(rows=routing.rows, peers=OneCard(2), ctas=ctas, ring=ring)
     found = interpreted(sm90_expert_dispatch.dispatch, x, *routing.layout, **options)
     assert_dispatched(found, x, routing)
+
+
+@pytest.mark.parametrize("row", [16, 2048, 7168, 14336, 40000, ROW_MOST])
+def test_rings_fit_in_shared_memory(row):
+    ring = sm90_expert_dispatch.RING
+    walkers, stages = ring.fitting(row)
+    assert walkers * stages * row <= ring.bytes
+    assert 1 <= walkers <= ring.walkers
+    assert stages >= 2
+    assert walkers * stages <= sm90_expert_dispatch.MOST_BARRIERS
 
 
 def test_slots_outside_are_left_out(interpreted):
